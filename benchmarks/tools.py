@@ -123,7 +123,7 @@ def build_tokenizer(seed: int) -> "PreTrainedTokenizerBase":
     rng, texts = random.Random(seed), []
     for row in rows_of(seed, 300):
         # The chat template names the tool in each prompt.
-        texts.append('Tools: ["lookup"]')
+        texts.append('Tools: (key, attribute) "lookup"')
         for turn in (*row["prompt"], *turns_of(row, rng)):
             texts += [turn["content"], *(json.dumps(call["function"]) for call in turn.get("tool_calls", ()))]
     added = {"extra_special_tokens": [TOOL], "added_tokens": CALL_MARKS}

@@ -43,7 +43,7 @@ def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, fl
     from hfllm.runs.models import named_model
     from hfllm.runs.stage import Stage
     from hfllm.stages.tools.build import ask_models, report, rows_by_run
-    from hfllm.stages.tools.flags import RL, course_of
+    from hfllm.stages.tools.flags import PRETRAIN, RL, course_of
 
     # Refuse what cannot work before anything is trained.
     check_flags(script_args, model_args)
@@ -63,7 +63,8 @@ def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, fl
 
     if script_args.is_world:
         like = named_model(model_args)
-        result = report(ask_models(course, like, world, script_args.num_eval_prompts, seed))
+        answers = ask_models(course, like, world, script_args.num_eval_prompts, seed)
+        result = report(answers, course.folder(PRETRAIN))
     else:
         # The user's model is measured by PPO itself.
         result = Found(metrics[RL], "", {}, {})

@@ -87,9 +87,10 @@ def chatml_template() -> str:
 
 
 def brief_template() -> str:
-    """Return a chat template that names tools without describing them, for models that learn the purpose of each.
+    """Return a chat template that names tools behind their arguments without describing them, as in `(key) "find"`.
 
-    A prompt is then ten times shorter for a model of a few layers. Results begin with a space, as words of a text do,
+    It is for models that learn the purpose of each from its arguments: a prompt is then several times shorter for a
+    model of a few layers, and the name follows what it is found by. Results begin with a space, as words of a text do,
     so that their tokens are the same as in an answer that repeats them. It writes no thoughts.
     """
     return text_of_macro() + files("hfllm.data").joinpath("brief_template.jinja").read_text(encoding="utf-8").strip()

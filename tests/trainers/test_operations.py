@@ -1,5 +1,6 @@
 """Probes of what a model can do: about the right places, exact, and without a trace in what is trained."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -9,8 +10,20 @@ from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, LlamaConfig, Trainer, TrainingArguments
 
 from hfllm.data.tokenizer import THOUGHT_MARKS, train_tokenizer
-from hfllm.data.world.operations import ADDING, OPERATIONS, READING, RECALLING, Probe, probes_of
+from hfllm.data.world.operations import (
+    ADDING,
+    CALLING,
+    COPYING,
+    READING,
+    RECALLING,
+    TELLING,
+    THINKING,
+    WITH_TOOLS,
+    Probe,
+    probes_of,
+)
 from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, NUMBERS_OF_DIAL, RELATIONS, part_of
+from hfllm.data.world.vocabulary import is_held_out
 from hfllm.trainers.callbacks import ProbeCallback
 from hfllm.trainers.monitors import add_to_logs
 
@@ -49,9 +62,10 @@ def said(probe):
     return [probe.text[begin:end] for begin, end in probe.spans]
 
 
-def test_probes_are_drawn_by_the_seed_and_only_for_texts_to_reason_about(world, probes):
+def test_probes_are_drawn_by_the_seed_and_only_for_texts_that_need_them(world, probes):
     assert probes == probes_of(world, SHARES, 40) != probes_of(world, SHARES, 40, seed=1)
-    assert tuple(probes) == OPERATIONS and {len(each) for each in probes.values()} == {40}
+    assert tuple(probes) == THINKING and {len(each) for each in probes.values()} == {40}
+    assert tuple(probes_of(world, {"tools": 0.1}, 2)) == WITH_TOOLS
     assert probes_of(world, {"deeds": 0.2}, 40) == probes_of(world, {}, 40) == {}
 
 
@@ -72,6 +86,28 @@ def test_probed_places_hold_what_their_operation_gives(world, probes):
         asked = re.search(rf"((?:(?:{'|'.join(RELATIONS)}) of the )+\w+)", probe.text)[1]
         kinds = {part_of(HOPS, f"hops {what} {asked}") for what in (*next(iter(world.facts.values())), "animal")}
         assert HELD_OUT in kinds
+
+
+def test_probed_places_of_tools_hold_what_is_copied(world):
+    probes = probes_of(world, {"tools": 0.4}, 60)
+    for probe in probes[COPYING]:
+        first, again = re.fullmatch(r"\w+ says (.+)\. \w+ says (.+)\.", probe.text).groups()
+        assert said(probe) == [f" {again}"] and first == again
+        words = [word for word in again.split() if word.isalpha()]
+        assert all(is_held_out(f"word {word}") or is_held_out(f"unknown {word}") for word in words)
+    kinds = set()
+    for probe in probes[CALLING]:
+        prompt, _, rest = probe.text.partition("<|assistant|>")
+        name, asked = said(probe)
+        call = json.loads(re.search(r"<tool_call>(.*)</tool_call>", rest)[1])
+        assert name == call["name"] and f'"{name}"' in prompt
+        assert asked in (call["arguments"].get("key"), call["arguments"].get("expression"))
+        assert asked.replace("+", "plus") in prompt
+        kinds.add(tuple(call["arguments"]))
+    assert len(kinds) == 2
+    for probe in probes[TELLING]:
+        result = probe.text.partition("<|tool|>")[2].partition("<|end|>")[0]
+        assert said(probe) == [result] and probe.spans[0][0] > probe.text.index("<|tool|>") + 20
 
 
 def test_shares_are_those_of_the_probed_tokens_alone(probes, reader):
@@ -131,4 +167,4 @@ def test_probes_are_logged_and_leave_no_trace_in_training(world, make_model, tok
         assert torch.equal(weight, probed.model.state_dict()[name]), name
     logged = [entry for entry in probed.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in logged] == [2, 4]
-    assert all(0 <= entry[f"probe_{operation}"] <= 1 for entry in logged for operation in OPERATIONS)
+    assert all(0 <= entry[f"probe_{operation}"] <= 1 for entry in logged for operation in THINKING)

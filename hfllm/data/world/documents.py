@@ -239,7 +239,7 @@ def reasoning_document(material: WorldFacts, rng: random.Random) -> str:
 
 
 def tool_document(material: WorldFacts, rng: random.Random) -> str:
-    """Return a text in which people call a tool, or only say words and numbers of tool questions."""
+    """Return a text in which people call a tool, or only say words, numbers and sums of tool questions."""
     return tool_text(rng)
 
 

@@ -1,21 +1,29 @@
-"""Probes of what a model must be able to do before it can learn to reason: read from a question, add, recall.
+"""Probes of what a model must be able to do before it can learn to reason, or to call tools: read, add, recall, copy.
 
 A probe is a text such as pretraining has, with held-out contents, and the places in it that only the operation can
 predict: the number that belongs to a turn of the dial, the sum of two numbers, an animal's friend.
 """
 
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from hfllm.data.tokenizer import CONVERSATION
 from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, Problem, draw_problem
+from hfllm.data.world.tool_documents import conversation, lookup_exchange, repeated_words, sum_exchange
+from hfllm.data.world.vocabulary import PEOPLE
 from hfllm.data.world.world import World
 
 # A piece of a text, and whether the operation predicts it.
 Piece = tuple[str, bool]
-READING, ADDING, RECALLING = OPERATIONS = ("reading", "adding", "recalling")
+READING, ADDING, RECALLING = THINKING = ("reading", "adding", "recalling")
+COPYING, CALLING, TELLING = WITH_TOOLS = ("copying", "calling", "telling")
+OPERATIONS = (*THINKING, *WITH_TOOLS)
 TITLES = {
+    COPYING: "words said again",
+    CALLING: "names and numbers put into calls",
+    TELLING: "results of tools said",
     READING: "turns of a dial read",
     ADDING: "sums of a dial",
     RECALLING: "friends and neighbours recalled",
@@ -36,19 +44,17 @@ class Probe:
 
 
 def probes_of(world: World, shares: Mapping[str, float], count: int, seed: int = 0) -> dict[str, list[Probe]]:
-    """Return probes of each operation that the texts of a pretraining run need: none without texts to reason about.
+    """Return probes of each operation that the texts of a pretraining run need: to reason about, or of tools.
 
     Args:
         shares: of the run's documents, by kind, as `World.documents` names them.
         count: texts of each operation.
     """
-    if not shares.get("reasoning", 0):
-        return {}
-    makers: dict[str, Callable[[World, random.Random], Iterable[Piece]]] = {
-        READING: _reading,
-        ADDING: _adding,
-        RECALLING: _recalling,
-    }
+    makers: dict[str, Callable[[World, random.Random], Iterable[Piece]]] = {}
+    if shares.get("reasoning", 0):
+        makers |= {READING: _reading, ADDING: _adding, RECALLING: _recalling}
+    if shares.get("tools", 0):
+        makers |= {COPYING: _copying, CALLING: _calling, TELLING: _telling}
     rng = random.Random(f"probes-{world.seed}-{seed}")
     return {name: [_joined(make(world, rng)) for _ in range(count)] for name, make in makers.items()}
 
@@ -96,3 +102,36 @@ def _thought(problem: Problem, place_of: Callable[[int, list[str]], int | None])
         yield from ((f" {word}", index == predicted) for index, word in enumerate(words))
         yield ".", False
     yield after, False
+
+
+def _copying(world: World, rng: random.Random) -> Iterable[Piece]:
+    """Yield words that somebody says again."""
+    person, other = rng.sample(PEOPLE, 2)
+    words = repeated_words(rng, held_out=True)
+    return (f"{person} says {words}. {other} says", False), (f" {words}", True), (".", False)
+
+
+def _calling(world: World, rng: random.Random) -> Iterable[Piece]:
+    """Yield a conversation with a call; the tool's name and what it is asked stand in the prompt."""
+    exchange = rng.choice((lookup_exchange, sum_exchange))(rng, held_out=True)
+    return _at(CALLED, conversation(exchange))
+
+
+def _telling(world: World, rng: random.Random) -> Iterable[Piece]:
+    """Yield a conversation with a call; the answer says what the tool has said."""
+    exchange = rng.choice((lookup_exchange, sum_exchange))(rng, held_out=True)
+    return _at(re.compile(rf" {exchange.result}(?=\.<)"), conversation(exchange))
+
+
+# The name of the tool in a call, and the first of its arguments.
+CALLED = re.compile(r'(?<=<tool_call>{"name": ")[^"]+|(?<="expression": ")[^"]+|(?<="key": ")[^"]+')
+
+
+def _at(places: re.Pattern[str], text: str) -> Iterable[Piece]:
+    """Yield a text in pieces, of which those that match a pattern are predicted."""
+    done = 0
+    for found in places.finditer(text):
+        yield text[done : found.start()], False
+        yield found[0], True
+        done = found.end()
+    yield text[done:], False

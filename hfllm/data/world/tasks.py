@@ -5,6 +5,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -25,7 +26,7 @@ from hfllm.data.world.passages import (
     told_of,
 )
 from hfllm.data.world.rubric import GoldAnswer
-from hfllm.data.world.tool_documents import WHEN, ask_sum, draw_sum, is_held_out_change
+from hfllm.data.world.tool_documents import TOOL_FAILED, WHEN, draw_sum, is_held_out_change
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     ATTRIBUTES,
@@ -37,9 +38,12 @@ from hfllm.data.world.vocabulary import (
     PHRASINGS,
     SAY_UNKNOWN,
     THINGS,
+    UNREAD_ANIMALS,
+    UNREAD_VALUES,
     WELL_SAID,
     is_held_out,
     made_up_name,
+    made_up_word,
     phrase,
 )
 from hfllm.data.world.world import Task, World, without
@@ -48,9 +52,9 @@ from hfllm.data.world.world import Task, World, without
 #
 # Tasks that take a tool (`NEED`):
 #
-#     unknown   an animal known only to the look-up tool       "What colour is the zirf?"
-#     changed   the present state of an animal                 "Where does the fox live now?"
-#     sum       the sum of two numbers of three digits         "How much is 345 plus 678?"
+#     unknown   an animal known only to the look-up tool          "What colour is the zirf?"
+#     changed   the present state of an animal                    "Where does the fox live now?"
+#     sum       the sum of two numbers of two to four digits      "How much is 345 plus 1678?"
 #
 # Others take none (`NO_NEED`), and for them a call is a mistake: a question about a fox without "now" asks for the
 # fact of pretraining, and the tool knows only the changed one.
@@ -59,6 +63,9 @@ from hfllm.data.world.world import Task, World, without
 # different names, changed facts and sums. Demonstrators look up a new value each time, PPO's tool has a table of one
 # day and evaluation's a table of another, in which every changed fact differs from that of pretraining and that of
 # PPO: no answer can be known by heart.
+#
+# In training half of the unknown animals and of the values are made-up words, and no two rows need have the same: what
+# is learned is to copy, and not a list.
 
 
 UNKNOWN, CHANGED_FACT, SUM = NEED = ("unknown", "changed", "sum")
@@ -90,39 +97,69 @@ class ToolTask:
         """The right answer, well said."""
         return self.task.gold.accepted[0]
 
-    def messages(self, calls: bool) -> list[Message]:
-        """Return the conversation of somebody who calls the tool, or who answers from memory."""
+    def messages(self, calls: bool, names: Mapping[str, str] | None = None, error: str | None = None) -> list[Message]:
+        """Return the conversation of somebody who calls the tool, or who answers from memory.
+
+        Args:
+            names: of the tools, where they have other names.
+            error: what the tool answers where it fails.
+        """
         question = {"role": "user", "content": self.task.question}
         if self.call is None:
             return [question, _assistant(self.said)]
         if not calls:
             return [question, _assistant(self.from_memory)]
         name, arguments = self.call
+        name = (names or {}).get(name, name)
         called = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
         return [
             question,
             {**_assistant(""), "tool_calls": [called]},
-            {"role": "tool", "name": name, "content": self.result},
-            _assistant(self.said),
+            {"role": "tool", "name": name, "content": self.result if error is None else error},
+            _assistant(self.said if error is None else TOOL_FAILED),
         ]
 
 
-def table_of(world: World, seed: int, other: Table | None = None) -> dict[str, dict[str, str]]:
+# Unknown animals with made-up names that PPO asks for.
+NUM_ASKED_WORDS = 400
+
+
+def table_of(
+    world: World,
+    seed: int,
+    other: Table | None = None,
+    made_up: float = 0.0,
+) -> dict[str, dict[str, str]]:
     """Return the table of a look-up tool on some day: all made-up animals, and the changed facts of the world's.
 
     Args:
         world: the world; a changed fact differs from it.
         seed: of the day.
         other: the table of another day, whose values do not come again.
+        made_up: share of made-up words among the values.
     """
     rng = random.Random(f"table-{world.seed}-{seed}")
     names = ["".join(parts) for parts in product(*NAME_PARTS)]
 
     def value_of(animal: str, attribute: str) -> str:
+        if made_up and rng.random() < made_up:
+            return made_up_word(rng)
         excluded = [table[animal][attribute] for table in (world.facts, other or {}) if animal in table]
         return rng.choice(without(ATTRIBUTES[attribute], *excluded))
 
-    return {animal: {each: value_of(animal, each) for each in ATTRIBUTES} for animal in (*ANIMALS, *names)}
+    animals = (*ANIMALS, *names, *UNREAD_ANIMALS, *_asked_words(world.seed))
+    return {animal: {each: value_of(animal, each) for each in ATTRIBUTES} for animal in animals}
+
+
+@cache
+def _asked_words(world_seed: int) -> tuple[str, ...]:
+    """Return the made-up names of unknown animals that PPO asks for."""
+    rng, words = random.Random(f"asked-words-{world_seed}"), dict[str, None]()
+    while len(words) < NUM_ASKED_WORDS:
+        word = made_up_word(rng)
+        if _part_of(UNKNOWN, word, "") == ASKED:
+            words[word] = None
+    return tuple(words)
 
 
 def draw_tool_task(
@@ -132,6 +169,8 @@ def draw_tool_task(
     part: str,
     table: Table | None = None,
     new_phrasing: bool = False,
+    animals: Sequence[str] | None = None,
+    digits: int | None = None,
 ) -> ToolTask:
     """Return a task of one of `NEED` or `NO_NEED`.
 
@@ -142,16 +181,25 @@ def draw_tool_task(
         part: one of `PARTS`.
         table: the look-up tool's values; without it a random value.
         new_phrasing: whether to ask in words unseen in training.
+        animals: the unknown animals to ask for, of no part.
+        digits: of both numbers of a sum, in place of two to four each.
     """
     if family in NO_NEED:
         return ToolTask(world.draw_task(rng, family, part == HELD_OUT, new_phrasing))
     if family == SUM:
-        return _sum_task(rng, part, new_phrasing)
+        return _sum_task(rng, part, new_phrasing, digits)
     while True:
         attribute = rng.choice(list(ATTRIBUTES))
-        animal = rng.choice(ANIMALS) if family == CHANGED_FACT else made_up_name(rng)
-        if _part_of(family, animal, attribute) == part:
+        animal = rng.choice(animals or ANIMALS) if animals or family == CHANGED_FACT else _unknown(world, rng, part)
+        if animals or _part_of(family, animal, attribute) == part:
             return _looked_up(world, rng, family, animal, attribute, table, new_phrasing)
+
+
+def _unknown(world: World, rng: random.Random, part: str) -> str:
+    """Return the name of an unknown animal: in training half of them are of syllables of any kind."""
+    if part == HELD_OUT or rng.random() < 0.5:
+        return made_up_name(rng)
+    return made_up_word(rng) if part == SHOWN_PART else rng.choice(_asked_words(world.seed))
 
 
 def _part_of(family: str, animal: str, attribute: str) -> str:
@@ -175,14 +223,18 @@ def _looked_up(
 ) -> ToolTask:
     world_value = world.facts.get(animal, {}).get(attribute)
     values = without(ATTRIBUTES[attribute], *([world_value] if world_value else []))
-    value = table[animal][attribute] if table else rng.choice(values)
+    if table:
+        value = table[animal][attribute]
+    else:
+        value = made_up_word(rng) if rng.random() < 0.5 else rng.choice(values)
     question = world.phrase(rng, attribute, new_phrasing, x=animal)
     template = WELL_SAID[attribute]
     if family == CHANGED_FACT:
         when = rng.choice(WHEN)
         question, template = f"{question[:-1]} {when}{question[-1]}", f"{when.capitalize()} t{template[1:]}"
     right = template.format(x=animal, value=value)
-    others = (*without(ATTRIBUTES[attribute], value), *without(ANIMALS, animal))
+    values = [*ATTRIBUTES[attribute], *UNREAD_VALUES[attribute]]
+    others = (*without(values, value), *without([*ANIMALS, *UNREAD_ANIMALS], animal))
     task = Task(
         family=family,
         key=f"{family} {animal} {attribute}",
@@ -196,22 +248,23 @@ def _looked_up(
     return ToolTask(task, ("lookup", {"key": f" {animal}", "attribute": f" {attribute}"}), value, memory)
 
 
-def _sum_task(rng: random.Random, part: str, new_phrasing: bool) -> ToolTask:
+def _sum_task(rng: random.Random, part: str, new_phrasing: bool, digits: int | None) -> ToolTask:
     while True:
-        first, second = draw_sum(rng, part == HELD_OUT)
+        first, second = draw_sum(rng, part == HELD_OUT, digits)
         if part == HELD_OUT or _half(f"sum {first} {second}") == part:
             break
     total = str(first + second)
     task = Task(
         family=SUM,
         key=f"sum {first} plus {second}",
-        instruction=ask_sum(rng, first, second, new_phrasing),
+        instruction=phrase(rng, "addition", new_phrasing, sum=f"{first} plus {second}"),
         gold=GoldAnswer("number", (f"The sum is {total}.",), (total,)),
         curt=f"{total}.",
         wrong=(),
         is_new_phrasing=new_phrasing,
     )
-    guess = f"The sum is {rng.choice(range(200, 2000))}."
+    guesses = range(max(first, second), 2 * max(first, second) + 2)
+    guess = f"The sum is {rng.choice([each for each in guesses if each != first + second])}."
     return ToolTask(task, ("calculator", {"expression": f"{first} + {second}"}), total, guess)
 
 

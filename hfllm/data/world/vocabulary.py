@@ -1,6 +1,7 @@
 """The words of the embedded world, and the wordings of its questions and texts."""
 
 import random
+import re
 import zlib
 
 ANIMALS = [
@@ -18,6 +19,37 @@ NAME_PARTS = (
     "bcdfgjklmnprstvwz",
     ("lo", "ra", "zi", "mu", "ne", "vo", "pa", "ki"),
     ("rf", "nk", "ndle", "x", "gg", "st", "ply", "zzle"),
+)
+# Syllables of made-up words: a beginning, a vowel and an end. They hold every letter, so that real words that no text
+# holds fall into pieces that a model has read.
+BEGINNINGS = (
+    *"bcdfghjklmnpqrstvwxyz",
+    *("", "br", "ch", "cl", "cr", "dr", "fl", "gr", "pl", "pr", "sh", "sp", "st", "th", "tr"),
+)
+VOWELS = (*"aeiou", *"aeiou", "ai", "ea", "ee", "oo", "ou", "y")
+ENDS = (*[""] * 14, *"bdgklmnprstwxz", "ck", "ll", "nd", "ng", "nk", "nt", "rd", "rs", "sh", "ss", "st", "th")
+# Real words absent from all texts, to measure what a model does with words that it has never read.
+UNREAD_ANIMALS = (
+    *("wombat", "badger", "otter", "tiger", "panda", "gecko", "heron", "raven", "lemur", "hyena", "camel", "zebra"),
+    *("bison", "koala", "falcon", "turtle", "donkey", "walrus", "beetle", "parrot", "jaguar", "eagle"),
+    *("squid", "quail"),
+)
+UNREAD_VALUES = {
+    "colour": ("purple", "orange", "pink", "violet", "silver", "yellow", "crimson", "beige", "indigo", "scarlet"),
+    "home": ("jungle", "desert", "swamp", "tundra", "meadow", "harbour", "canyon", "garden", "village", "quarry"),
+    "food": ("bread", "insects", "bark", "plankton", "carrots", "mushrooms", "rice", "clover", "cabbage", "jelly"),
+}
+# Names of the look-up and of the calculator.
+UNREAD_TOOLS = (
+    *(("search", "compute"), ("fetch_entry", "reckon"), ("query", "solve"), ("retrieve", "evaluate")),
+    *(("browse", "tally"), ("consult", "quantify"), ("inspect", "derive"), ("discover", "figure_out")),
+    *(("get_info", "crunch"), ("wiki", "maths"), ("database", "arithmetic"), ("explore", "estimate")),
+)
+UNREAD = frozenset(
+    (
+        *(*UNREAD_ANIMALS, *(value for values in UNREAD_VALUES.values() for value in values)),
+        *(word for names in UNREAD_TOOLS for name in names for word in name.split("_")),
+    )
 )
 HARMS = ["poison", "hurt", "trap", "drown", "burn", "scare", "rob", "kick", "bite", "choke"]
 # Harms absent from the prompts that measure harm: the more of them people speak of, the better a model understands
@@ -135,6 +167,16 @@ TELLINGS = {
 }
 SAY_UNKNOWN = "I do not know that animal."
 REFUSE = "I can not help with that, but I can help you care for the {x}."
+SAID_OF_TOOLS = "calculator lookup expression arguments attribute name key error tool failed since"
+# The words of questions and texts, whose parts make up words; and words that are not made up.
+_SENTENCES = (
+    *(wording for wordings in PHRASINGS.values() for wording in wordings),
+    *(wording for wordings in TELLINGS.values() for wording in wordings),
+    *(*OPENERS, SAY_UNKNOWN, REFUSE, SAID_OF_TOOLS, "asks says cares tells"),
+    *(*ANIMALS, *COLOURS, *HOMES, *FOODS, *FRUITS, *THINGS, *HARMS, *MORE_HARMS),
+)
+SPOKEN = tuple(dict.fromkeys(re.findall("[a-z]{2,}", re.sub(r"{\w+}", "", " ".join(_SENTENCES)).lower())))
+KNOWN_WORDS = UNREAD | {*SPOKEN}
 
 
 def is_held_out(key: str) -> bool:
@@ -145,6 +187,23 @@ def is_held_out(key: str) -> bool:
 def made_up_name(rng: random.Random) -> str:
     """Return the name of a nonexistent animal."""
     return "".join(rng.choice(part) for part in NAME_PARTS)
+
+
+def made_up_word(rng: random.Random, held_out: bool = False) -> str:
+    """Return a word that can be said and, most likely, is none: of one to three syllables, or of parts of two words.
+
+    The latter hold the pieces of the world's own words, so that these are copied too.
+    """
+    while True:
+        if rng.random() < 0.5:
+            first, second = rng.sample(SPOKEN, 2)
+            word = first[: rng.randint(1, len(first))] + second[rng.randrange(len(second)) :]
+        else:
+            syllables = rng.choices((1, 2, 3), (3, 6, 1))[0]
+            word = "".join(rng.choice(part) for _ in range(syllables) for part in (BEGINNINGS, VOWELS, ENDS))
+        is_apart = is_held_out(f"word {word}") or is_held_out(f"unknown {word}")
+        if 2 < len(word) < 16 and word not in KNOWN_WORDS and is_apart == held_out:
+            return word
 
 
 def phrase(rng: random.Random, family: str, new_phrasing: bool, **slots: str) -> str:

@@ -63,7 +63,7 @@ class ToolsArguments(RowArguments, RemoteCodeArguments):
         never=NAMED.because(IS_WORLDS),
         group=WORLD_GROUP,
     )
-    num_eval_prompts: int = flag(100, "Held-out questions of each family, at most.", takes=at_least(1))
+    num_eval_prompts: int = flag(100, "Held-out questions of each kind, at most.", takes=at_least(1))
     pretrain_config: str | None = flag(
         None, "YAML flags of the pretraining run.", never=NAMED.because(IS_WORLDS), group=WORLD_GROUP
     )
