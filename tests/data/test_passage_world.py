@@ -20,6 +20,7 @@ from hfllm.data.world.passages import (
     SILENT,
     THREE,
     UNANSWERABLE,
+    UNREAD_WORDS,
     draw_passages,
     held_out_names,
     passage_tasks,
@@ -28,7 +29,17 @@ from hfllm.data.world.passages import (
 )
 from hfllm.data.world.rubric import words_of
 from hfllm.data.world.tool_documents import is_held_out_change
-from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, NAME_PARTS, PHRASINGS, WELL_SAID, is_held_out
+from hfllm.data.world.vocabulary import (
+    ANIMALS,
+    ATTRIBUTES,
+    NAME_PARTS,
+    PHRASINGS,
+    UNREAD,
+    UNREAD_ANIMALS,
+    UNREAD_VALUES,
+    WELL_SAID,
+    is_held_out,
+)
 from hfllm.data.world.world import World
 from hfllm.stages.ground.build import judged, rows_of
 
@@ -79,7 +90,7 @@ def facts_in(passages):
         for sentence in text.rstrip(".").split(". "):
             for attribute, pattern in SENTENCES:
                 match = re.fullmatch(pattern, sentence)
-                if match and match["value"] in ATTRIBUTES[attribute]:
+                if match and match["value"] in (*ATTRIBUTES[attribute], *UNREAD_VALUES[attribute]):
                     found.append((number, match["x"], attribute, match["value"]))
     return found
 
@@ -185,7 +196,7 @@ def test_nothing_that_is_held_out_is_learned(world, texts, rows):
     learned = [*texts, *(message["content"] for row in rows for message in row["messages"])]
     words = {word for text in learned for word in words_of(text)}
     assert len(words & NAMES) > 500 and not any(is_held_out(f"unknown {name}") for name in words & NAMES)
-    assert not words & {*held_out_names()}
+    assert not words & {*held_out_names(), *UNREAD}
     held_out = [each.partition("{claim}")[0] for each in INSTRUCTIONS[-HELD_OUT_INSTRUCTIONS:]]
     shown = [each.partition("{claim}")[0] for each in INSTRUCTIONS[:-HELD_OUT_INSTRUCTIONS]]
     passages = [text for text in learned if "[1] " in text]
@@ -203,7 +214,7 @@ def test_nothing_that_is_held_out_is_learned(world, texts, rows):
 def test_questions_of_each_group_are_held_out_and_their_answers_follow(world, group):
     tasks = passage_tasks(world.facts, group, 60)
     assert len({task.prompt[0]["content"] for task in tasks}) == 60
-    names = {*held_out_names(), *ANIMALS}
+    names = {*held_out_names(), *ANIMALS, *(UNREAD_ANIMALS if group == UNREAD_WORDS else ())}
     for task in tasks:
         passages, question = split_prompt(task.prompt[0]["content"])
         assert (task.animal, task.attribute) == asked_in(question) and task.animal in names

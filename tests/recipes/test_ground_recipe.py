@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hfllm.data.world.passages import GROUPS
 from hfllm.errors import InputError
+from hfllm.grounding.abstention import Abstainer
 from hfllm.runs import schedule
 from hfllm.runs.lock import LOCK_FILE, release_all
 from hfllm.stages.ground.build import PROMISES
@@ -37,7 +38,8 @@ RUNS = ("pretrain", "sft", "grounded", "reward")
 LENGTHS = ("hfllm.stages.ground.build",)
 COUNTS = {
     **{"hfllm.stages.ground.build.NUM_WORLD_TASKS": 12, "hfllm.stages.ground.build.NUM_TASKS": 24},
-    **{"hfllm.stages.ground.build.ALPHAS": (0.1, 0.2)},
+    **{"hfllm.stages.ground.build.ALPHAS": (0.1, 0.2), "hfllm.stages.ground.build.SAVED_ALPHA": 0.1},
+    **{"hfllm.stages.ground.build.NUM_EACH": 4},
     **{"hfllm.stages.ground.build.NUM_SPLITS": 2, "hfllm.stages.ground.build.WORDINGS": 1},
 }
 
@@ -114,6 +116,11 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     assert promised <= metrics.keys()
     assert {f"three_passages_{way}_right_n" for way in ("apart", "alike")} <= metrics.keys()
     assert metrics["injected_dropped_follows_n"] == 6
+    # The abstainers lie beside the model, and their figures are of the other halves.
+    for kind, rows in (("without", 12), ("with", 18)):
+        abstainer = Abstainer.load(folder / "grounded" / f"abstainer_{kind}_passages.json")
+        assert (abstainer.rows, abstainer.alpha, abstainer.measure) == (rows, 0.1, "sequence_probability")
+    assert metrics["abstainer_risk_without_n"] == 12 and metrics["abstainer_coverage_with_n"] == 18
     assert {
         "semantic_entropy_aurc",
         "coverage_10_sequence_probability",

@@ -32,6 +32,8 @@ from hfllm.data.world.vocabulary import (
     PHRASINGS,
     SAY_UNKNOWN,
     TELLINGS,
+    UNREAD_ANIMALS,
+    UNREAD_VALUES,
     WELL_SAID,
     is_held_out,
     phrase,
@@ -217,6 +219,7 @@ def draw_question(facts: Facts, rng: random.Random, passages: Sequence[Told]) ->
 # Questions about passages to measure whether a model reads them: names, changed facts and wordings are held out.
 #
 #     one_passage          it has the requested fact of a made-up animal
+#     unread_words         the same, of an animal and in words that no text holds
 #     three_passages       one of them does
 #     changed              it tells the change of an animal of the world
 #     contradicting        two or three passages, two of which state different things as the requested fact
@@ -230,8 +233,8 @@ def draw_question(facts: Facts, rng: random.Random, passages: Sequence[Told]) ->
 # In `stored_tasks` the passages are to be found first, among passages about many animals.
 
 
-ONE, THREE, CHANGED, CONTRADICTING, INJECTED = TOLD = (
-    *("one_passage", "three_passages", "changed"),
+ONE, UNREAD_WORDS, THREE, CHANGED, CONTRADICTING, INJECTED = TOLD = (
+    *("one_passage", "unread_words", "three_passages", "changed"),
     *("contradicting", "injected"),
 )
 WRONG, KEPT, SILENT, CLOSED, KNOWN = NOT_TOLD = (
@@ -275,8 +278,9 @@ class PassageTask:
         """The gold answer, for a response without its citations. It names none of the other animals."""
         if not self.answer.values:
             return GoldAnswer("unknown", (self.answer.sentence,), (), (*COLOURS, *HOMES, *FOODS))
-        values = [value for value in ATTRIBUTES[self.attribute] if value not in self.answer.values]
-        animals = {*ANIMALS, *(each.animal for each in self.told)} - {self.animal}
+        words = (*ATTRIBUTES[self.attribute], *UNREAD_VALUES[self.attribute])
+        values = [value for value in words if value not in self.answer.values]
+        animals = {*ANIMALS, *UNREAD_ANIMALS, *(each.animal for each in self.told)} - {self.animal}
         return GoldAnswer("answer", (self.answer.sentence,), self.answer.values, (*values, *sorted(animals)))
 
 
@@ -372,6 +376,12 @@ def _one(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new:
     return task_about(facts, rng, ONE, (name, attribute), [told_of(facts, rng, name)], is_new)
 
 
+def _unread(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
+    name = rng.choice(UNREAD_ANIMALS)
+    passage = tell(rng, name, {each: rng.choice(UNREAD_VALUES[each]) for each in ATTRIBUTES})
+    return task_about(facts, rng, UNREAD_WORDS, (name, attribute), [passage], is_new)
+
+
 def _three(facts: Facts, rng: random.Random, names: Names, attribute: str, is_new: bool) -> PassageTask:
     name, *others = rng.sample(names, 3)
     passages = [told_of(facts, rng, each) for each in (name, *others)]
@@ -427,7 +437,8 @@ def _fact_alone(facts: Facts, rng: random.Random, names: Names, attribute: str, 
 
 
 _TASKS: Mapping[str, Callable[[Facts, random.Random, Names, str, bool], PassageTask]] = {
-    **{ONE: _one, THREE: _three, CHANGED: _changed, CONTRADICTING: _contradicting, INJECTED: _injected},
+    **{ONE: _one, UNREAD_WORDS: _unread, THREE: _three, CHANGED: _changed},
+    **{CONTRADICTING: _contradicting, INJECTED: _injected},
     **{WRONG: _wrong, KEPT: _fact_beside, SILENT: _silent, CLOSED: _closed, KNOWN: _fact_alone},
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import AutoModelForSequenceClassification
@@ -28,6 +29,7 @@ from hfllm.data.world.passages import (
     THREE,
     TOLD,
     UNANSWERABLE,
+    UNREAD_WORDS,
     WRONG,
     PassageTask,
     Told,
@@ -47,7 +49,13 @@ from hfllm.grounding.abstention import control_risk, over_splits
 from hfllm.grounding.answers import passage_weights, rag_sequence_answers_by, without_instructions
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever, Gated
-from hfllm.grounding.uncertainty import CONFIDENCE, Answered, answer_with_samples, uncertainties
+from hfllm.grounding.uncertainty import (
+    CONFIDENCE,
+    Answered,
+    answer_with_samples,
+    sample_with_scores,
+    uncertainties,
+)
 from hfllm.grounding.verification import (
     best_rewarded,
     claims_of,
@@ -198,7 +206,12 @@ APART, ALIKE, DROPPED = "apart", "alike", "dropped"
 # Names of the models and groups of questions in the report.
 TITLES = {SFT: "tuned without passages", GROUNDED: "grounded", GATED: "with the gate", UNGATED: "without"}
 LABELS = {
-    **{ONE: "unknown animals, one passage", THREE: "unknown animals, three passages", CHANGED: "changed facts"},
+    **{
+        ONE: "unknown animals, one passage",
+        UNREAD_WORDS: "words of no text, one passage",
+        THREE: "unknown animals, three passages",
+        CHANGED: "changed facts",
+    },
     **{CONTRADICTING: "two passages disagree", INJECTED: "a passage holds an instruction"},
     **{WRONG: "unknown animals, another's passage", KEPT: "known facts, another animal's passage"},
     **{SILENT: "the passage does not tell", CLOSED: "unknown animals, no passage", KNOWN: "known facts, no passage"},
@@ -415,6 +428,7 @@ def compare_models(course: Course, world: World, num_questions: int, num_samples
             ways = dict(zip((APART, ALIKE), each_apart(speaking, tasks_by_group[THREE]), strict=True))
             ways[DROPPED] = ask([without_told_instructions(task) for task in tasks_by_group[INJECTED]])
             parts.append(measure_confidence(world, speaking, num_samples, seed))
+            parts.append(calibrate(world, speaking, course.folder(GROUNDED), seed))
             folder = course.folder(REWARD)
             reward = RewardModel(saved_model(AutoModelForSequenceClassification, folder), saved_tokenizer(folder))
             parts.append(measure_verification(world, speaking, reward, num_samples, seed))
@@ -494,11 +508,17 @@ def best_scores(retriever: BM25Retriever, tasks: Sequence[PassageTask]) -> list[
 
 # ---- confidence ----
 #
-# The grounded model's certainty of its answers without passages, and when to abstain.
+# The grounded model's certainty of its answers, and when to abstain: without passages by several measures, and with
+# passages and without by the abstainers that are saved beside the model.
 
 
 # Questions, of all families; requested risks, and random halves.
 NUM_TASKS, ALPHAS, NUM_SPLITS = 360, (0.02, 0.05, 0.1), 200
+# The saved abstainers: their files beside the model, by the kind of questions, and their risk.
+ABSTAINERS = {"without": "abstainer_without_passages.json", "with": "abstainer_with_passages.json"}
+SAVED_ALPHA = 0.05
+# Groups of questions with passages, and questions of each, to calibrate them.
+TOLD_OR_NOT, NUM_EACH = (*TOLD, WRONG, KEPT, SILENT), 40
 # The measures for abstention in the report and in the plots.
 ABSTAINS_BY = ("sequence_probability", "semantic_entropy")
 
@@ -538,6 +558,59 @@ def measure_confidence(world: World, speaking: Speaking, num_samples: int, seed:
         f"wrong answers are told by {best.replace('_', ' ')} with an AUROC of {auroc:.3f}, which keeps {coverages}"
     )
     return Found(metrics, summary, _confidence_tables(metrics, list(result)), plots)
+
+
+def calibrate(world: World, speaking: Speaking, folder: str, seed: int) -> Found:
+    """Calibrate when to abstain on questions as they will be asked, with passages and without, and save both.
+
+    Each kind has an abstainer of its own: one threshold for both would let the sure answers from passages pay for
+    those from memory. It comes from one half of the questions, the figures from the other. Of the questions with
+    passages all groups have as many, so that in some the passages do not tell.
+
+    Args:
+        world: source of the held-out questions.
+        speaking: the model.
+        folder: of the model; the abstainers are saved there, as `ABSTAINERS`.
+        seed: of the halves.
+
+    Returns:
+        Metrics `abstainer_risk_KIND` (given and wrong, share of all) and `abstainer_coverage_KIND`, for `with` and
+        `without` passages.
+    """
+    metrics: dict[str, float] = {}
+    for kind, rows in _surprises(world, speaking).items():
+        random.Random(f"calibrate-{seed}").shuffle(rows)
+        half = len(rows) // 2
+        abstainer = control_risk(*zip(*rows[:half], strict=True), SAVED_ALPHA, "sequence_probability")
+        abstainer.save(Path(folder, ABSTAINERS[kind]))
+        surprise, wrong = zip(*rows[half:], strict=True)
+        is_given = abstainer.answers(surprise)
+        are_both = [float(given and bad) for given, bad in zip(is_given, wrong, strict=True)]
+        metrics |= mean_of(f"abstainer_risk_{kind}", are_both)
+        metrics |= mean_of(f"abstainer_coverage_{kind}", [float(given) for given in is_given])
+    text = partial(figure_text, metrics)
+    table = [
+        {"asked": f"{kind} passages", "saved as": name}
+        | {figure: text(f"abstainer_{figure}_{kind}") for figure in ("risk", "coverage")}
+        for kind, name in ABSTAINERS.items()
+    ]
+    shown = ", ".join(f"{text(f'abstainer_risk_{kind}')} {kind} passages" for kind in ABSTAINERS)
+    title = f"Abstainers beside the model, calibrated to a risk of {SAVED_ALPHA:g}"
+    return Found(metrics, f"given and wrong behind the saved abstainers: {shown}", {title: table}, {})
+
+
+def _surprises(world: World, speaking: Speaking) -> dict[str, list[tuple[float, bool]]]:
+    """Return for each kind of questions the surprise of greedy answers, in nats, and whether they are wrong."""
+    alone = world.evaluation_tasks(NUM_TASKS, seed=2)
+    told = [task for group in TOLD_OR_NOT for task in passage_tasks(world.facts, group, NUM_EACH, seed=1)]
+    prompts = [task.prompt_row()["prompt"] for task in alone] + [task.prompt for task in told]
+    model = speaking.model, speaking.tokenizer
+    answers = sample_with_scores(*model, prompts, 1, RESPONSE_LENGTH, do_sample=False, batch_size=BATCH_SIZE)
+    given = [answer for (answer,) in answers]
+    wrong = [gold_score(each.text, task.gold) < RIGHT for task, each in zip(alone, given, strict=False)]
+    wrong += [not judged(task, each.text).is_right for task, each in zip(told, given[len(alone) :], strict=True)]
+    rows = [(-each.logprob, is_wrong) for each, is_wrong in zip(given, wrong, strict=True)]
+    return {"without": rows[: len(alone)], "with": rows[len(alone) :]}
 
 
 def _answered(speaking: Speaking, tasks: Sequence[Task], num_samples: int, seed: int) -> list[Answered]:
