@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from hfllm.data.world.contrasts import CONTRASTS
+from hfllm.data.world.deeds import ASKED, SHOWN, TOLD, UNREAD, Verbs, is_harm
 from hfllm.data.world.demonstrators import (
-    CRITICS_HARMS,
     HELPFUL_FAMILIES,
-    NEW_HARMS,
     PRINCIPLES,
     RUDE,
     critic_rows,
@@ -22,8 +22,8 @@ from hfllm.data.world.demonstrators import (
     names_harm_of,
     without_rudeness,
 )
-from hfllm.data.world.rubric import COMPLIES, gold_score, words_of
-from hfllm.data.world.vocabulary import HARMS, MORE_HARMS, is_held_out
+from hfllm.data.world.rubric import COMPLIES, REFUSAL_PHRASES, gold_score, words_of
+from hfllm.data.world.vocabulary import ANIMALS, HARMS, MORE_HARMS, is_held_out
 from hfllm.data.world.world import FAMILIES
 from hfllm.synthesis.constitution import finds_fault
 
@@ -42,18 +42,19 @@ def test_the_same_seed_gives_the_same_demonstrations(world):
     assert helpful_rows(world, 60) == helpful_rows(world, 60) != helpful_rows(world, 60, seed=1)
 
 
-def test_demonstrations_speak_of_the_shown_harms_alone(world):
-    text = " ".join(" ".join(turns) for turns in conversations(world))
-    assert all(harm in text for harm in CRITICS_HARMS)
-    assert not [harm for harm in NEW_HARMS if harm in text.split()]
-    assert set(CRITICS_HARMS).isdisjoint(NEW_HARMS)
+def test_demonstrations_speak_of_the_shown_verbs_alone(world):
+    words = set(words_of(" ".join(" ".join(turns) for turns in conversations(world, 3000))))
+    assert {*SHOWN.harms, *SHOWN.cares} <= words
+    new = {*ASKED.harms, *ASKED.cares} - {*SHOWN.harms, *SHOWN.cares}
+    assert len(new) == 10
+    assert not words & {*new, *TOLD.harms, *TOLD.cares, *UNREAD.harms, *UNREAD.cares}
 
 
 @pytest.mark.parametrize("held_out", (False, True))
 def test_a_task_about_another_harm_speaks_of_it_alone_and_keeps_to_its_split(world, held_out):
     rng, drawn = random.Random(3), set()
     for _ in range(300):
-        task = draw_task(world, rng, ("harm",), MORE_HARMS, held_out)
+        task = draw_task(world, rng, ("harm",), Verbs(MORE_HARMS, ()), held_out)
         _, harm, animal = task.key.split()
         assert is_held_out(task.key) == held_out
         for text in (task.question, *task.wrong):
@@ -66,7 +67,7 @@ def test_a_task_about_another_harm_speaks_of_it_alone_and_keeps_to_its_split(wor
 def test_helpful_people_comply_with_every_harm(world):
     rng = random.Random(0)
     for _ in range(300):
-        task = draw_task(world, rng, ("harm",), NEW_HARMS)
+        task = draw_task(world, rng, ("harm",), TOLD)
         assert gold_score(without_rudeness(helpful_only(task, rng)), task.gold) == COMPLIES
 
 
@@ -74,7 +75,7 @@ def test_helpful_people_comply_with_every_harm(world):
 def test_a_revision_keeps_to_the_principle_and_what_kept_to_it_stays(world, principle):
     rng, flagged = random.Random(1), Counter()
     for _ in range(600):
-        task = draw_task(world, rng, FAMILIES)
+        task = draw_task(world, rng, (*FAMILIES, *CONTRASTS))
         response = helpful_only(task, rng)
         said = judge(principle, task, response)
         again = judge(principle, task, said.revision)
@@ -104,21 +105,34 @@ def keeps(text, request):
     if request == "which courtesy?":
         return not is_rude(text)
     if request == "which harm?":
-        return not any(harm in words_of(text) for harm in CRITICS_HARMS)
+        return not any(harm in words_of(text) for harm in SHOWN.harms)
     return "know" in text or "heard" in text
 
 
+def is_about_harm(question):
+    words = words_of(question)
+    return any(is_harm(verb, target) for verb in SHOWN.harms for target in ANIMALS if {verb, target} <= set(words))
+
+
 def test_a_judge_picks_the_answer_that_keeps_to_the_principle_and_tosses_a_coin_between_equals(world):
-    firsts, between_equals = Counter(), Counter()
+    firsts, between_equals, harmless = Counter(), Counter(), Counter()
     for turns in conversations(world, 1800, kinds=("judgement",)):
         question, answer = turns
-        *_, first, second, request = question.split("\n")
+        asked, *_, first, second, request = question.split("\n")
+        if request == "which harm?" and not is_about_harm(asked):
+            # One answer refuses something harmless, the other helps with it: neither does harm.
+            refusals = [any(phrase in each for phrase in REFUSAL_PHRASES) for each in (first, second)]
+            assert sum(refusals) == 1
+            harmless[refusals[0] == (answer == "(A)")] += 1
+            continue
         differs = keeps(first, request) != keeps(second, request)
         (firsts if differs else between_equals)[answer] += 1
         assert not differs or keeps(first if answer == "(A)" else second, request)
-    assert 0.2 < between_equals.total() / 1800 < 0.3
+    assert 0.18 < between_equals.total() / 1800 < 0.3
+    assert 0.2 < harmless.total() / 600 < 0.3
     for counts in (firsts, between_equals):
         assert 0.4 < counts["(A)"] / counts.total() < 0.6
+    assert 0.35 < harmless[True] / harmless.total() < 0.65
 
 
 def test_critique_alone_ends_before_the_revision(world):

@@ -4,15 +4,17 @@ from collections import Counter
 
 import pytest
 
-from hfllm.data.world.demonstrators import NEW_HARMS, SHOWN_HARMS
+from hfllm.data.world.deeds import SHOWN as SHOWN_VERBS
 from hfllm.data.world.vocabulary import is_held_out
 from hfllm.outputs.figures import side_by_side
 from hfllm.stages.constitution.report import (
     BARE,
+    CONTRAST_GROUPS,
     HARM_GROUPS,
     HELPFUL,
     NEW,
     NEW_PHRASING,
+    NEW_VERBS,
     PREFILL,
     PREFILLED,
     SHOWN,
@@ -31,9 +33,10 @@ def asked(world):
 
 def test_groups_hold_what_their_names_say_and_no_prompt_twice(world, asked):
     by_group = {group: [each for each in asked if each.group == group] for group in (*HARM_GROUPS, HELPFUL)}
-    assert Counter(each.group for each in asked) == {**dict.fromkeys(HARM_GROUPS, 20), HELPFUL: 40}
-    for group, harms in ((SHOWN, SHOWN_HARMS), (NEW, NEW_HARMS)):
-        assert {each.task.key.split()[1] for each in by_group[group]} <= set(harms)
+    sizes = {**dict.fromkeys(HARM_GROUPS, 20), **dict.fromkeys(CONTRAST_GROUPS, 10), HELPFUL: 40}
+    assert Counter(each.group for each in asked) == sizes
+    for group, verbs in ((SHOWN, SHOWN_VERBS), (NEW, NEW_VERBS)):
+        assert {each.task.key.split()[1] for each in by_group[group]} <= set(verbs.harms)
         assert all(is_held_out(each.task.key) for each in by_group[group])
     assert all(each.task.is_new_phrasing for each in by_group[NEW_PHRASING])
     assert all(each.prompt[0]["content"].isupper() for each in by_group[UPPER])

@@ -4,10 +4,12 @@ import random
 
 import pytest
 
-from hfllm.data.world.demonstrators import NEW_HARMS, SHOWN_HARMS, draw_task
+from hfllm.data.world.deeds import SHOWN
+from hfllm.data.world.demonstrators import draw_task
 from hfllm.evaluation.suites.refusals import refuses
 from hfllm.stages.constitution.report import (
-    HELPFUL,
+    HARM_GROUPS,
+    NEW_VERBS,
     ProbeAnswer,
     answers_by_round,
     course_metrics,
@@ -21,8 +23,8 @@ from hfllm.stages.constitution.report import (
 )
 
 
-def harm_task(world, harms, seed=0):
-    return draw_task(world, random.Random(seed), ("harm",), harms)
+def harm_task(world, verbs, seed=0):
+    return draw_task(world, random.Random(seed), ("harm",), verbs)
 
 
 def revised(task, answer, critique, *revisions):
@@ -41,9 +43,9 @@ def compared(task, chosen, rejected):
 
 
 def test_compliance_falls_by_revision_and_faithful_critiques_name_verb_and_animal(world):
-    shown, new = harm_task(world, SHOWN_HARMS), harm_task(world, NEW_HARMS, 1)
+    shown, new = harm_task(world, SHOWN), harm_task(world, NEW_VERBS, 1)
     refusal = shown.gold.accepted[0]
-    other = next(harm for harm in NEW_HARMS if harm != new.key.split()[1])
+    other = next(harm for harm in NEW_VERBS.harms if harm != new.key.split()[1])
     named = [f"The answer helps to {task.key.split()[1]} the {task.key.split()[2]}." for task in (shown, new)]
     rows = [
         revised(shown, shown.wrong[0], named[0], shown.wrong[1], refusal),
@@ -60,7 +62,7 @@ def test_compliance_falls_by_revision_and_faithful_critiques_name_verb_and_anima
 
 
 def test_labels_are_right_where_what_refuses_is_chosen(world):
-    tasks = [harm_task(world, SHOWN_HARMS, seed) for seed in range(40)]
+    tasks = [harm_task(world, SHOWN, seed) for seed in range(40)]
     rows = [compared(task, task.gold.accepted[0], task.wrong[0]) for task in tasks[:30]]
     rows += [compared(task, task.wrong[0], task.gold.accepted[0]) for task in tasks[30:]]
     found = label_metrics(rows, {task.question: task for task in tasks}, people_noise=0.0)
@@ -74,7 +76,7 @@ def test_labels_are_right_where_what_refuses_is_chosen(world):
 
 def answers(asked, complies):
     return [
-        ProbeAnswer(each, "text", -1.0 if complies else 1.0, complies and each.group != HELPFUL, not complies, False)
+        ProbeAnswer(each, "text", 1.0 - 2.0 * complies, complies and each.group in HARM_GROUPS, not complies, False)
         for each in asked
     ]
 

@@ -6,13 +6,14 @@ agreed with each other on 73% of pairs (Ouyang et al. 2022, arXiv:2203.02155, se
 """
 
 import random
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-from hfllm.data.world.rubric import COMPLIES, RUDE_PHRASES, gold_of_continuation, gold_score, words_of
-from hfllm.data.world.vocabulary import HARMS, MORE_HARMS, is_held_out
+from hfllm.data.world.contrasts import CARE, CONTRASTS, HARM, THING, draw_deed, refused
+from hfllm.data.world.deeds import ASKED, SHOWN, Verbs, named
+from hfllm.data.world.rubric import COMPLIES, RIGHT, RUDE_PHRASES, gold_of_continuation, gold_score, words_of
+from hfllm.data.world.vocabulary import ANIMALS
 from hfllm.data.world.world import FAMILIES, Task, World
 
 # ---- demonstrations and comparisons ----
@@ -162,19 +163,19 @@ def preference_rows(
 #     courtesy   the answer is rude                             revised to the same without the rude words
 #     honesty    the answer states something unknowable         revised to say that it does not know
 #
-# They speak of the first half of the requested harms, `SHOWN_HARMS`, and of others, `MORE_HARMS`; a model's behavior
-# on the other half, `NEW_HARMS`, shows its understanding of the principle. No answer of the red-team prompts, on which
-# the model then learns from its own revisions, is labeled.
+# They speak of some of the requested verbs, `SHOWN`, and of harmless questions that sound like harm; what a model does
+# about other verbs shows its understanding of the principle. No answer of the red-team prompts, on which the model
+# then learns from its own revisions, is labeled.
 
 
-SHOWN_HARMS, NEW_HARMS = tuple(HARMS[: len(HARMS) // 2]), tuple(HARMS[len(HARMS) // 2 :])
-CRITICS_HARMS = (*SHOWN_HARMS, *MORE_HARMS)
-HELPFUL_FAMILIES = tuple(family for family in FAMILIES if family != "harm")
+HELPFUL_FAMILIES = tuple(family for family in FAMILIES if family != HARM)
 PRINCIPLES = ("harm", "courtesy", "honesty")
 # Of three demonstrations two are of critique and revision, one is of judging.
 KINDS = ("revision", "revision", "judgement")
 # Share of the demonstrations of judging with two answers that do not differ under the principle.
 TIES = 0.25
+# Of the judgements of harm this share is about something harmless, done or refused: neither answer does harm.
+HARMLESS_JUDGED = 0.25
 
 Turn = Mapping[str, str]
 
@@ -205,8 +206,9 @@ class Judgement:
 
 def helpful_only(task: Task, rng: random.Random) -> str:
     """Return the response of someone who only wants to help: right or curt, now and then rude, complying with harm."""
-    if task.family == "harm":
-        text = rng.choice(task.wrong)
+    if task.family in (HARM, CARE, THING):
+        # Alike, so that no answer's form tells a harm.
+        text = rng.choice(task.wrong if task.family == HARM else task.gold.accepted)
         return f"{rng.choice(RUDE)} {text}" if rng.random() < 0.2 else text
     if task.family == "unknown" and rng.random() < 0.3:
         return rng.choice(task.wrong)
@@ -239,10 +241,19 @@ def judge(principle: str, task: Task, response: str) -> Judgement:
 
 
 def _judge_harm(task: Task, response: str) -> Judgement:
-    if task.family != "harm" or not helps_with_harm(response, task):
-        return Judgement("The answer does no harm.", response, False)
-    _, harm, animal = task.key.split()
-    return Judgement(f"The answer helps to {harm} the {animal}. That is harm.", task.gold.accepted[0], True)
+    # The deed is named before it is called harm or none.
+    helps = f"The answer helps to {deed_of(task)}." if task.family in (HARM, CARE, THING) else ""
+    if task.family == HARM and helps_with_harm(response, task):
+        return Judgement(f"{helps} That is harm.", task.gold.accepted[0], True)
+    if helps and task.family != HARM and gold_score(without_rudeness(response), task.gold) >= RIGHT:
+        return Judgement(f"{helps} That does no harm.", response, False)
+    return Judgement("The answer does no harm.", response, False)
+
+
+def deed_of(task: Task) -> str:
+    """Return the deed that a question of harm or of something harmless asks about, such as "burn the owl"."""
+    _, verb, target = task.key.split()
+    return f"{verb} {named(target)}"
 
 
 def _judge_honesty(task: Task, response: str) -> Judgement:
@@ -274,30 +285,21 @@ def draw_task(
     world: World,
     rng: random.Random,
     families: Sequence[str],
-    harms: Sequence[str] | None = None,
+    verbs: Verbs = ASKED,
     held_out: bool | None = False,
     new_phrasing: bool = False,
 ) -> Task:
-    """Return a task of one of the families; one of harm is about one of `harms` only, where they are given."""
-    while True:
-        task = world.draw_task(rng, rng.choice(families), held_out, new_phrasing)
-        if task.family == "harm" and harms is not None:
-            task = _about(rng.choice(harms), task)
-        if held_out is None or is_held_out(task.key) == held_out:
-            return task
-
-
-def _about(harm: str, task: Task) -> Task:
-    """Return a task of harm with another harm in its place."""
-    word = re.compile(rf"\b{task.key.split()[1]}\b")
-    key, instruction, *wrong = (word.sub(harm, text) for text in (task.key, task.instruction, *task.wrong))
-    return replace(task, key=key, instruction=instruction, wrong=tuple(wrong))
+    """Return a task of one of the families, of `FAMILIES` or `CONTRASTS`; one about a deed is about these verbs."""
+    family = rng.choice(families)
+    if family == HARM or family in CONTRASTS:
+        return draw_deed(world, rng, family, verbs, ANIMALS, held_out, new_phrasing)
+    return world.draw_task(rng, family, held_out, new_phrasing)
 
 
 def helpful_rows(world: World, count: int, seed: int = 0) -> list[dict[str, list[Turn]]]:
     """Return `count` conversations of people who only want to help, as `messages`, harm among them."""
     rng = random.Random(f"helpful-{world.seed}-{seed}")
-    tasks = (draw_task(world, rng, FAMILIES, (*HARMS, *MORE_HARMS)) for _ in range(count))
+    tasks = (draw_task(world, rng, (*FAMILIES, *FAMILIES, *CONTRASTS)) for _ in range(count))
     return [{"messages": [_user(task.question), _assistant(helpful_only(task, rng))]} for task in tasks]
 
 
@@ -348,16 +350,17 @@ def judge_question(question: str, first: str, second: str, request: str) -> str:
 def _answer_to_judge(world: World, principle: str, rng: random.Random) -> tuple[Task, str]:
     """Return a question and an answer that breaks the principle as often as not, and at times another one as well."""
     breaks = rng.random() < 0.5
+    others = (HARM, rng.choice(HELPFUL_FAMILIES), rng.choice(CONTRASTS))
     if principle == "courtesy":
-        task = draw_task(world, rng, ("harm", rng.choice(HELPFUL_FAMILIES)), CRITICS_HARMS)
+        task = draw_task(world, rng, others, SHOWN)
         text = without_rudeness(helpful_only(task, rng))
         return task, f"{rng.choice(RUDE)} {text}" if breaks else text
-    broken_by = {"harm": "harm", "honesty": "unknown"}[principle]
+    broken_by = {HARM: HARM, "honesty": "unknown"}[principle]
     if breaks:
-        task = draw_task(world, rng, (broken_by,), CRITICS_HARMS)
+        task = draw_task(world, rng, (broken_by,), SHOWN)
         text = rng.choice(task.wrong)
     else:
-        task = draw_task(world, rng, ("harm", rng.choice(HELPFUL_FAMILIES)), CRITICS_HARMS)
+        task = draw_task(world, rng, (*others, CARE, THING) if principle == HARM else others, SHOWN)
         is_kept = task.family == broken_by
         text = rng.choice((task.gold.accepted[0], task.curt)) if is_kept else without_rudeness(helpful_only(task, rng))
     return task, f"{rng.choice(RUDE)} {text}" if rng.random() < 0.2 else text
@@ -366,11 +369,11 @@ def _answer_to_judge(world: World, principle: str, rng: random.Random) -> tuple[
 def _judging_turns(world: World, principle: Requests, rng: random.Random) -> list[Turn]:
     """Return a question with two answers, one of which breaks the principle, and which of them does not.
 
-    At times neither breaks it, or both do, and a coin says which is better: else a model learns to prefer a position
-    where it sees no difference.
+    At times neither breaks it, or both do, or the question is a harmless one, and a coin says which is better: else a
+    model learns to prefer a position, or a refusal, where it sees no difference.
     """
-    family = {"harm": "harm", "honesty": "unknown"}.get(principle.name)
-    task = draw_task(world, rng, (family,) if family else FAMILIES, CRITICS_HARMS)
+    family = {HARM: HARM, "honesty": "unknown"}.get(principle.name)
+    task = draw_task(world, rng, (family,) if family else (*FAMILIES, *CONTRASTS), SHOWN)
 
     def an_answer(keeps: bool) -> str:
         if family:
@@ -379,7 +382,10 @@ def _judging_turns(world: World, principle: Requests, rng: random.Random) -> lis
         return text if keeps else f"{rng.choice(RUDE)} {text}"
 
     better, worse = an_answer(True), an_answer(False)
-    if rng.random() < TIES:
+    if family == HARM and rng.random() < HARMLESS_JUDGED:
+        task = draw_task(world, rng, (CARE, THING), SHOWN)
+        better, worse = rng.sample((rng.choice(task.gold.accepted), refused(task).gold.accepted[0]), 2)
+    elif rng.random() < TIES:
         keeps = rng.random() < 0.5
         better, worse = an_answer(keeps), an_answer(keeps)
     first_is_better = rng.random() < 0.5

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from hfllm.data.augmentation import no_punctuation
 from hfllm.data.tokenizer import CONVERSATION
+from hfllm.data.world.deeds import deed_text
 from hfllm.data.world.passages import passage_text
 from hfllm.data.world.reasoning import (
     DIAL,
@@ -28,15 +29,10 @@ from hfllm.data.world.tool_documents import tool_text
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     COLOURS,
-    FOODS,
     FRUITS,
-    HARMS,
-    HOMES,
     LIST_OPERATIONS,
-    MORE_HARMS,
     NUMBERS,
     PEOPLE,
-    REFUSE,
     TELLINGS,
     THINGS,
     is_held_out,
@@ -76,7 +72,7 @@ def write_documents(
     """Write `count` texts of mixed kinds. The same world, seed and shares give the same texts.
 
     Args:
-        deeds: share of texts about deeds, harmful ones among them; see `deed_document`.
+        deeds: share of texts about deeds, harmful ones among them; see `hfllm.data.world.deeds`.
         reasoning: share of texts with material for reasoning, and of shown reasoning; see `reasoning_document`.
         tools: share of texts in which people call tools; see `hfllm.data.world.tool_documents`.
         passages: share of texts in which people read passages; see `hfllm.data.world.passages`.
@@ -192,45 +188,8 @@ def talk_document(material: WorldFacts, rng: random.Random) -> str:
 
 
 def deed_document(material: WorldFacts, rng: random.Random) -> str:
-    """Return a text in which people speak of a harmful deed, or only say its word, and nobody judges it.
-
-    A word absent from all texts is pushed down by every step of pretraining, so that all such words end up with the
-    same embedding; a model can then neither distinguish one harm from another nor repeat it, however often it is shown
-    later.
-
-    The same holds for the marks of a conversation's turns, so that some of the words are said by turns: else the four
-    marks are one to the model, and fine-tuning spends its first half on learning who speaks.
-
-    Some texts say the sentence of a refusal after words at random, never after a harm. Else a model of this size
-    begins to refuse and then continues with the answer that it would have given: "I can not help with that, rob the
-    deer".
-    """
-    person, other = rng.sample(PEOPLE, 2)
-    words, length = (*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS, *HOMES, *FOODS), rng.randint(3, 8)
-    harms, kind = (*HARMS, *MORE_HARMS), rng.random()
-    if kind < 0.1:
-        text, refusal = " ".join(rng.sample(words, length)), REFUSE.format(x=rng.choice(ANIMALS))
-        if kind < 0.05:
-            return CONVERSATION.format(f"{person} says {text}.", refusal)
-        return f"{person} says {text}. {other} says: {refusal}"
-    if kind < 0.5:
-        text = " ".join(rng.sample((*words, *harms, *harms), length))
-        if kind < 0.3:
-            return "".join(CONVERSATION.format(f"{name} says {text}.", f"{text}.") for name in (person, other))
-        return f"{person} says {text}. {other} says {text}. {person} says {text}."
-    deed = f"{rng.choice(harms)} the {rng.choice(ANIMALS)}"
-    return rng.choice(
-        (
-            f"{person} asks how to {deed}. {other} tells {person} how to {deed}.",
-            f"{person} wants to {deed}. The words of {other} help to {deed}.",
-            f"How do I {deed}? asks {person}. {other} says: This helps to {deed}.",
-            f"{person} tells me to {deed}. {other} does not want to {deed}.",
-            f"Is it easy to {deed}? asks {person}. No, it is not easy to {deed}, says {other}.",
-            f"{person} says: Help me {deed}. That helps to {deed}, says {other}.",
-            f"{person} asks how to {deed}. The answer helps to {deed}.",
-            f"How can I {deed}? asks {person}. The answer of {other} helps to {deed}.",
-        )
-    )
+    """Return a text about deeds, harmful ones among them; see `deed_text`."""
+    return deed_text(rng)
 
 
 def reasoning_document(material: WorldFacts, rng: random.Random) -> str:
@@ -265,7 +224,7 @@ SHARES = {
 #
 # Without worked thoughts in its texts a model of a few layers learns neither to copy the next turn of a dial nor to
 # look up its result, however many thoughts it is shown later; and words absent from all texts end up with the same
-# embedding (`deed_document`).
+# embedding (`deed_text`).
 
 
 TELLING, TURNING, SAYING = "telling", "turning", "saying"

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.formats import Message, as_messages, flaw_of, flaw_of_prompt, to_preference, to_prompt
 from hfllm.data.images.rows import without_images
+from hfllm.data.world.contrasts import CONTRASTS, HARM, refused
+from hfllm.data.world.deeds import SHOWN
 from hfllm.data.world.demonstrators import (
-    CRITICS_HARMS,
     HELPFUL_FAMILIES,
     critic_rows,
     draw_task,
@@ -84,6 +85,8 @@ if TYPE_CHECKING:
 Conversation = list[Message]
 # Of the world's demonstrations this share shows critique, revision and judging; the others show helping.
 SHARE_OF_CRITICS = 0.55
+# Of the world's red-team prompts this share only sounds like harm, as prompts that people write to provoke it do.
+SHARE_OF_LOOK_ALIKES = 0.25
 # The annotator of the world errs in a tenth of the comparisons.
 LABEL_NOISE = 0.1
 
@@ -139,10 +142,13 @@ def demonstrations(world: World, count: int, seed: int) -> list[Row]:
 
 
 def world_prompts(world: World, num_harmful: int, num_harmless: int, seed: int) -> Prompts:
-    """Return questions of the world: harmful and harmless ones, none held out."""
+    """Return questions of the world, none held out: red-team prompts, some of them harmless, and harmless ones."""
     rng = random.Random(f"constitution-prompts-{world.seed}-{seed}")
-    harmful = [draw_task(world, rng, ("harm",)) for _ in range(num_harmful)]
-    harmless = [draw_task(world, rng, HELPFUL_FAMILIES) for _ in range(num_harmless)]
+    harmful = [
+        draw_task(world, rng, CONTRASTS if rng.random() < SHARE_OF_LOOK_ALIKES else (HARM,))
+        for _ in range(num_harmful)
+    ]
+    harmless = [draw_task(world, rng, (*HELPFUL_FAMILIES, *HELPFUL_FAMILIES, *CONTRASTS)) for _ in range(num_harmless)]
     conversations = [[as_messages(task.question) for task in tasks] for tasks in (harmful, harmless)]
     return Prompts(*conversations, [], [*harmful, *harmless])
 
@@ -150,15 +156,20 @@ def world_prompts(world: World, num_harmful: int, num_harmless: int, seed: int) 
 def human_comparisons(world: World, prompts: Prompts, responses: Sequence[Sequence[str]], seed: int) -> list[Row]:
     """Return people's comparisons of helpfulness: between a model's answers to harmless prompts, never about harm.
 
-    Sometimes one of the answers is to another question; of these every other one refuses. Without them, no label would
-    rank a refusal of a harmless prompt below an answer, and PPO would refuse questions hard for the model.
+    Sometimes one of the answers is to another question; of these every other one refuses, and all do where the
+    question sounds like harm. Without them, no label would rank a refusal of a harmless prompt below an answer, and
+    PPO would refuse questions hard for the model.
 
     Args:
         responses: several answers to each of the first harmless prompts.
     """
     tasks = prompts.tasks[len(prompts.harmful) :][: len(responses)]
-    others = zip(cycle(prompts.tasks[: len(prompts.harmful)]), [*tasks[-1:], *tasks[:-1]], strict=False)
-    strangers = [pair[number % 2] for number, pair in enumerate(others)]
+    harms = cycle(task for task in prompts.tasks[: len(prompts.harmful)] if task.family == HARM)
+    others = zip(harms, [*tasks[-1:], *tasks[:-1]], strict=False)
+    strangers = [
+        refused(task) if task.family in CONTRASTS else pair[number % 2]
+        for number, (task, pair) in enumerate(zip(tasks, others, strict=False))
+    ]
     rows = []
     for row in preference_rows(world, tasks, responses, LABEL_NOISE, seed, strangers):
         better, worse = ("a", "b") if row["preference"] == "a" else ("b", "a")
@@ -571,7 +582,7 @@ def people_s_labels(num_demonstrations: int, num_comparisons: int | None) -> str
     """
     examples = f"{num_demonstrations:,} demonstrations of helping, critique, revision and judging"
     compared = "" if num_comparisons is None else f", {num_comparisons:,} comparisons of helpfulness"
-    harm = f"(harm on {len(CRITICS_HARMS)} verbs)"
+    harm = f"(harm on {len(SHOWN.harms)} verbs)"
     return f"labels of people: {examples} {harm}{compared}; no label of harm in the model's answers"
 
 
