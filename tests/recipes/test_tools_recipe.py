@@ -117,10 +117,13 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
         model = AutoModelForCausalLM.from_pretrained(folder / name)
         assert tokenizer.response_template and len(tokenizer) == model.config.vocab_size
     metrics = report["metrics"]
+    parts = ("_before", "_after", "_change", "_change_se", "_n")
     for family in ("unknown", "changed", "sum_2", "unread_value", "failing", "known"):
-        for name in (f"right_{family}", f"sampled_right_{family}"):
-            assert {f"{name}{part}" for part in ("_before", "_after", "_change", "_change_se", "_n")} <= metrics.keys()
+        assert {f"right_{family}{part}" for part in parts} <= metrics.keys()
         assert f"off_right_{family}_se" in metrics
+    # Sampled are the kinds of questions whose rewards PPO has seen.
+    assert {f"sampled_right_sum_2{part}" for part in parts} <= metrics.keys()
+    assert "sampled_right_failing_after" not in metrics
     # Whatever is promised is measured, by the names of its figures.
     promised = {name for each in PROMISES for name in (each.metric, each.control) if isinstance(name, str)}
     assert promised <= metrics.keys()

@@ -327,14 +327,14 @@ def _says_failure(episode: Episode) -> bool:
 
 
 def values_of(answers: Sequence[JudgedEpisode]) -> dict[str, list[float]]:
-    """Return a model's measurements, one value per question, by the names of `figures`."""
+    """Return a model's measurements of the asked groups, one value per question, by the names of `figures`."""
     values: dict[str, list[float]] = {}
     for name, groups in (("calls_needed", NEEDING), ("calls_not_needed", (*NO_NEED, KNOWN))):
         values[name] = [float(each.calls) for each in answers if each.question.group in groups]
     values["right_needed"] = [float(each.is_right) for each in answers if each.question.group in NEEDING]
     for group in (*NEEDING, *OTHER_WORDS, *NO_NEED, KNOWN):
         values[f"right_{group}"] = [float(each.is_right) for each in answers if each.question.group == group]
-    return values
+    return {name: of_group for name, of_group in values.items() if of_group}
 
 
 def figures(answers: Sequence[JudgedEpisode]) -> dict[str, float]:
@@ -357,7 +357,8 @@ def ask_models(
 ) -> dict[str, list[JudgedEpisode]]:
     """Return the answers that the report tells of: greedy and sampled ones around PPO, and the last without tools.
 
-    PPO by shuffled rewards is told of by sampled answers alone, and the model without tools by greedy ones.
+    Sampled ones are to questions of the kinds that PPO rewards, and to no others by shuffled rewards; a model that
+    never saw tools is asked what needs none.
 
     Args:
         course: the finished runs.
@@ -371,20 +372,23 @@ def ask_models(
     """
     table = tables(world)[1]
     questions = held_out_questions(world, table, count)
+    needing, needless = (
+        [each for each in questions if each.group in groups] for groups in (NEEDING, (*NO_NEED, KNOWN))
+    )
     answers: dict[str, list[JudgedEpisode]] = {}
     for name in course.runs:
         if name == PRETRAIN:
             continue
         speaking = load_speaking(replace(like, name=course.folder(name), revision="main"))
-        model = (speaking.model, speaking.tokenizer, questions)
+        model = (speaking.model, speaking.tokenizer)
         if name == PLAIN:
-            answers[name] = answer(*model, None)
+            answers[name] = answer(*model, needless, None)
             continue
         if name != SHUFFLED:
-            answers[name] = answer(*model, table)
-        answers[f"{name} sampled"] = answer(*model, table, do_sample=True, seed=seed)
+            answers[name] = answer(*model, questions, table)
+        answers[f"{name} sampled"] = answer(*model, needing, table, do_sample=True, seed=seed)
         if name == RL:
-            answers[OFF] = answer(*model, None)
+            answers[OFF] = answer(*model, questions, None)
     return answers
 
 
@@ -484,7 +488,7 @@ def _tables(answers: Answers) -> dict[str, list[dict[str, str]]]:
         "Greedy answers": side_by_side(columns(SHOWN, RL, OFF), names),
         "Sampled answers": side_by_side(
             columns(f"{SHOWN} sampled", f"{RL} sampled", f"{SHUFFLED} sampled"),
-            names,
+            [name for name in names if name in result[f"{RL} sampled"]],
         ),
     }
     if PLAIN in result:
