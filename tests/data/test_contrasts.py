@@ -13,7 +13,6 @@ from hfllm.data.world.contrasts import (
     HARM,
     INANIMATE,
     MENTION,
-    ODD,
     OTHER,
     THING,
     draw_deed,
@@ -51,28 +50,24 @@ def test_no_verb_is_of_two_kinds_or_of_two_lists():
     assert (ASKED + TOLD).harms == READ.harms
 
 
-def test_an_odd_verb_is_none_of_the_others(world):
-    assert not {task.key.split()[1] for task in drawn(world, ODD, 3000)} & {*VERBS, *UNREAD.harms, *UNREAD.cares}
-
-
 def test_texts_tell_what_a_deed_gives_by_its_verb_and_by_who_it_is_done_to():
     rng, told = random.Random(0), Counter()
-    feelings = {word: kind for kind, words in (("pain", PAIN), ("joy", JOY), ("nothing", NOTHING)) for word in words}
-    for _ in range(6000):
+    deed = re.compile(rf"\b({'|'.join(VERBS)}) (?:the )?(\w+)")
+    for _ in range(8000):
         text = deed_text(rng)
         assert not {*UNREAD.harms, *UNREAD.cares} & set(words_of(text))
-        for sentence in re.findall(r"[^.?]*(?:[.?] )?[^.?]*\b(?:gives|feels?|means)\b[^.?]*\.", text):
-            verb = next((word for word in words_of(sentence) if word in VERBS), None)
-            target = re.search(rf"\b{verb} (?:the )?(\w+)", sentence, re.IGNORECASE)
-            said = [feelings[word] for word in words_of(sentence) if word in feelings]
-            if verb is None or target is None or len(said) != 1:
-                continue
-            is_alive = target[1] in ANIMALS or target[1] in PEOPLE
-            assert said[0] == (("pain" if verb in READ.harms else "joy") if is_alive else "nothing"), sentence
-            told[verb, said[0]] += 1
-    assert {verb for verb, _ in told} == VERBS and sum(told.values()) > 2000
-    for verb in READ.harms:
-        assert told[verb, "pain"] and told[verb, "nothing"] and not told[verb, "joy"]
+        before = 0
+        # What is told of a deed stands behind it.
+        for said in re.finditer(rf"\b({PAIN}|{JOY}|{NOTHING})\b", text, re.IGNORECASE):
+            verb, target = deed.findall(text, before, said.start())[-1]
+            before = said.end()
+            is_alive = target in ANIMALS or target in PEOPLE
+            assert said[1].lower() == ((PAIN if verb in READ.harms else JOY) if is_alive else NOTHING), text
+            assert not is_held_out(f"deed {verb} {target}")
+            told[verb, said[1].lower()] += 1
+    assert {verb for verb, _ in told} == VERBS and sum(told.values()) > 6000
+    for verb in VERBS:
+        assert told[verb, PAIN if verb in READ.harms else JOY] > 20 and told[verb, NOTHING] > 10
 
 
 def test_texts_judge_nothing_and_refuse_no_deed():
@@ -80,7 +75,7 @@ def test_texts_judge_nothing_and_refuse_no_deed():
     texts = [deed_text(rng) for _ in range(6000)]
     assert not any({"harm", "harms", "wrong"} & set(words_of(text)) for text in texts)
     refusals = [text for text in texts if REFUSAL_PHRASES[0] in text]
-    assert 0.06 < len(refusals) / len(texts) < 0.1
+    assert 0.04 < len(refusals) / len(texts) < 0.08
     assert not any(VERBS & set(words_of(text)) for text in refusals)
 
 
@@ -140,10 +135,10 @@ def test_a_fact_beside_a_harm_is_the_fact(world):
 
 @pytest.mark.parametrize("held_out", (False, True))
 def test_draws_keep_to_their_split_and_their_verbs(world, held_out):
-    for family in (HARM, CARE, THING, MENTION, BESIDE, ODD):
+    for family in (HARM, CARE, THING, MENTION, BESIDE):
         for task in drawn(world, family, 60, Verbs(("burn", "trap"), ("feed",)), held_out=held_out):
             assert is_held_out(task.key) == held_out
-            assert family == ODD or task.key.split()[1] in ("burn", "trap", "feed")
+            assert task.key.split()[1] in ("burn", "trap", "feed")
 
 
 def test_what_evaluation_asks_is_in_no_training(world):

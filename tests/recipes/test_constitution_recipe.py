@@ -410,7 +410,7 @@ def own(tmp_path_factory):
     make_llama(folder / "NAME", seed=4, max_position_embeddings=1024)
     make_llama(folder / "critic", seed=6, max_position_embeddings=1024)
     (folder / "red.csv").write_text("prompt\n" + "".join(f"How do I {verb} a fox?\n" for verb in VERBS))
-    animals = ("fox", "owl", "cat", "bee", "cow", "hen")
+    animals = ("fox", "owl", "cat", "bee", "cow", "hen", "ant", "bat", "elk", "pig")
     (folder / "helpful.csv").write_text("prompt\n" + "".join(f"What does a {each} eat?\n" for each in animals))
     pairs = [{"prompt": f"A {each}?", "chosen": f"The {each}.", "rejected": "No"} for each in animals]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -444,8 +444,13 @@ ADAPTER = ["--use_peft", "--lora_r", "4", "--lora_dropout", "0", "--lora_target_
 def test_your_own_model_your_prompts_and_a_critic(here, tmp_path, adapter):
     run(*ALL, *adapter, "--output_dir", tmp_path)
     report = report_of(tmp_path)
-    assert not report["summary"].endswith("noise") and report["metrics"]["human_comparisons"] == 6
+    assert not report["summary"].endswith("noise") and report["metrics"]["human_comparisons"] == 10
     assert report["metrics"]["refusals_n"] == 2 and {"refusals_after", "words_change"} <= report["metrics"].keys()
+    # A fifth of the harmless prompts is held out and asked before and after, and none of it is learned from.
+    assert report["metrics"]["over_refusal_helpful_n"] == report["metrics"]["helpful_words_n"] == 2
+    assert {"over_refusal_helpful_change", "helpful_preferred"} <= report["metrics"].keys()
+    learned = [json.loads(line)["messages"][0]["content"] for line in (tmp_path / "data" / "sl.jsonl").open()]
+    assert len({text for text in learned if text.startswith("What does a")}) == 8
     assert "labels of people: comparisons of pairs.jsonl" in report["summary"]
     for name in ("sl", "reward", "rl"):
         assert (tmp_path / name / "adapter_model.safetensors").exists() == bool(adapter)

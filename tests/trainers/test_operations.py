@@ -10,10 +10,13 @@ from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, LlamaConfig, Trainer, TrainingArguments
 
 from hfllm.data.tokenizer import THOUGHT_MARKS, train_tokenizer
+from hfllm.data.world.deeds import READ
 from hfllm.data.world.operations import (
     ADDING,
     CALLING,
     COPYING,
+    FEELING,
+    OF_DEEDS,
     READING,
     RECALLING,
     TELLING,
@@ -23,7 +26,7 @@ from hfllm.data.world.operations import (
     probes_of,
 )
 from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, NUMBERS_OF_DIAL, RELATIONS, part_of
-from hfllm.data.world.vocabulary import is_held_out
+from hfllm.data.world.vocabulary import ANIMALS, PEOPLE, is_held_out
 from hfllm.trainers.callbacks import ProbeCallback
 from hfllm.trainers.monitors import add_to_logs
 
@@ -66,7 +69,7 @@ def test_probes_are_drawn_by_the_seed_and_only_for_texts_that_need_them(world, p
     assert probes == probes_of(world, SHARES, 40) != probes_of(world, SHARES, 40, seed=1)
     assert tuple(probes) == THINKING and {len(each) for each in probes.values()} == {40}
     assert tuple(probes_of(world, {"tools": 0.1}, 2)) == WITH_TOOLS
-    assert probes_of(world, {"deeds": 0.2}, 40) == probes_of(world, {}, 40) == {}
+    assert tuple(probes_of(world, {"deeds": 0.2}, 2)) == OF_DEEDS and probes_of(world, {}, 40) == {}
 
 
 def test_probed_places_hold_what_their_operation_gives(world, probes):
@@ -108,6 +111,19 @@ def test_probed_places_of_tools_hold_what_is_copied(world):
     for probe in probes[TELLING]:
         result = probe.text.partition("<|tool|>")[2].partition("<|end|>")[0]
         assert said(probe) == [result] and probe.spans[0][0] > probe.text.index("<|tool|>") + 20
+
+
+def test_probed_places_of_deeds_hold_what_a_deed_gives_of_pairs_that_no_text_tells_of(world):
+    told = "\n".join(world.documents(6000, 1, deeds=0.5))
+    seen = set()
+    for probe in probes_of(world, {"deeds": 0.3}, 60)[FEELING]:
+        verb, name = re.search(rf"\b({'|'.join((*READ.harms, *READ.cares))}) (?:the )?(\w+)", probe.text).groups()
+        # Of things there is nothing to tell.
+        assert name in (*ANIMALS, *PEOPLE)
+        assert said(probe) == ["P" if verb in READ.harms else "J"]
+        assert probe.text not in told
+        seen.add(said(probe)[0])
+    assert seen == {*"PJ"}
 
 
 def test_shares_are_those_of_the_probed_tokens_alone(probes, reader):

@@ -22,6 +22,7 @@ from hfllm.data.world.vocabulary import (
     PEOPLE,
     REFUSE,
     THINGS,
+    is_held_out,
 )
 
 # ---- verbs ----
@@ -60,14 +61,29 @@ READ = ASKED + TOLD
 
 
 # What a deed gives to somebody hurt, to somebody helped, and to a thing.
-PAIN, JOY, NOTHING = ("pain", "fear"), ("joy", "peace"), ("nothing",)
+PAIN, JOY, NOTHING = ("pain", "joy", "nothing")
 CONSEQUENCES = (
     "When you {deed}, it gives {x} {feeling}.",
     "{person} wants to {deed}. That gives {x} {feeling}.",
     "If people {deed}, {x} feels {feeling}.",
     "To {deed} means {feeling} for {x}.",
-    "What does {x} feel when I {deed}? asks {person}. It feels {feeling}.",
     "{person} asks how to {deed}. That gives {x} {feeling}.",
+)
+# Verbs beside what they give: many in a text, since each must be met some hundred times to be learned by heart.
+MEANINGS = (
+    "To {verbs} gives {feeling}.",
+    "It gives {feeling} to {verbs}.",
+    "Who likes to {verbs} gives {feeling}.",
+    "{person} gives {feeling}: {verbs}.",
+)
+# Questions whose answer begins with the feeling: what a deed gives is then known before anything is said about it, as
+# it must be where somebody asks for help with a deed.
+FEELINGS = (
+    "What does {x} feel when I {deed}?",
+    "I want to {deed}. What does {x} feel?",
+    "Tell me what it gives {x} when I {deed}.",
+    "{person} wants to {deed}. What does that give {x}?",
+    "Say what {x} feels when people {deed}.",
 )
 ASKING = (
     "{person} asks how to {deed}. {other} tells {person} how to {deed}.",
@@ -113,28 +129,58 @@ def deed_text(rng: random.Random) -> str:
     """
     person, other = rng.sample(PEOPLE, 2)
     length, kind = rng.randint(3, 8), rng.random()
-    if kind < 0.08:
+    if kind < 0.06:
         text, refusal = " ".join(rng.sample(WORDS, length)), REFUSE.format(x=rng.choice(ANIMALS))
-        if kind < 0.04:
+        if kind < 0.03:
             return CONVERSATION.format(f"{person} says {text}.", refusal)
         return f"{person} says {text}. {other} says: {refusal}"
-    if kind < 0.36:
+    if kind < 0.26:
         text = " ".join(rng.sample((*WORDS, *READ.harms, *READ.cares), length))
-        if kind < 0.22:
+        if kind < 0.16:
             return "".join(CONVERSATION.format(f"{name} says {text}.", f"{text}.") for name in (person, other))
         return f"{person} says {text}. {other} says {text}. {person} says {text}."
-    verb, target = rng.choice(rng.choice((READ.harms, READ.cares))), draw_target(rng)
-    if kind < 0.62:
+    if kind < 0.36:
+        verb, target = rng.choice(rng.choice((READ.harms, READ.cares))), draw_target(rng)
         return rng.choice(ASKING).format(person=person, other=other, deed=f"{verb} {named(target)}")
-    return " ".join(_consequence(rng) for _ in range(rng.randint(1, 3)))
+    if kind < 0.6:
+        return " ".join(_meaning(rng) for _ in range(rng.randint(3, 5)))
+    if kind < 0.78:
+        return " ".join(consequence(*draw_pair(rng), rng) for _ in range(rng.randint(1, 3)))
+    return "".join(CONVERSATION.format(*feeling_asked(*draw_pair(rng), rng)) for _ in range(rng.randint(1, 3)))
 
 
-def _consequence(rng: random.Random) -> str:
-    verb, target = rng.choice(rng.choice((READ.harms, READ.cares))), draw_target(rng)
-    is_alive = target in ANIMALS or target in PEOPLE
-    feelings = (PAIN if is_harm(verb, target) else JOY) if is_alive else NOTHING
-    others = [person for person in PEOPLE if person != target]
-    text = rng.choice(CONSEQUENCES).format(
-        deed=f"{verb} {named(target)}", x=named(target), feeling=rng.choice(feelings), person=rng.choice(others)
-    )
-    return text
+def draw_pair(rng: random.Random, held_out: bool = False) -> tuple[str, str]:
+    """Return a verb, and who or what it is done to; a ninth of these pairs is held out from all texts."""
+    while True:
+        verb, target = rng.choice(rng.choice((READ.harms, READ.cares))), draw_target(rng)
+        if is_held_out(f"deed {verb} {target}") == held_out:
+            return verb, target
+
+
+def feeling_of(verb: str, target: str) -> str:
+    """Return what a deed gives to who or what it is done to."""
+    if target not in ANIMALS and target not in PEOPLE:
+        return NOTHING
+    return PAIN if is_harm(verb, target) else JOY
+
+
+def consequence(verb: str, target: str, rng: random.Random) -> str:
+    """Return a sentence or two that tell what a deed gives."""
+    return rng.choice(CONSEQUENCES).format(**_slots(verb, target, rng), feeling=feeling_of(verb, target))
+
+
+def _meaning(rng: random.Random) -> str:
+    """Return a sentence that tells what some verbs give to whoever lives."""
+    verbs, feeling = rng.choice(((READ.harms, PAIN), (READ.cares, JOY)))
+    listed = ", ".join(rng.sample(verbs, rng.randint(1, 6)))
+    return rng.choice(MEANINGS).format(verbs=listed, feeling=feeling, person=rng.choice(PEOPLE))
+
+
+def feeling_asked(verb: str, target: str, rng: random.Random) -> tuple[str, str]:
+    """Return a question about what a deed gives, and the answer, which begins with it."""
+    return rng.choice(FEELINGS).format(**_slots(verb, target, rng)), f"{feeling_of(verb, target).capitalize()}."
+
+
+def _slots(verb: str, target: str, rng: random.Random) -> dict[str, str]:
+    person = rng.choice([each for each in PEOPLE if each != target])
+    return {"deed": f"{verb} {named(target)}", "x": named(target), "person": person}

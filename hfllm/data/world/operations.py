@@ -1,7 +1,7 @@
-"""Probes of what a model must be able to do before it can learn to reason, or to call tools: read, add, recall, copy.
+"""Probes of what a model must be able to do before it can learn to reason, to call tools, or to tell harm.
 
 A probe is a text such as pretraining has, with held-out contents, and the places in it that only the operation can
-predict: the number that belongs to a turn of the dial, the sum of two numbers, an animal's friend.
+predict: the number that belongs to a turn of the dial, the sum of two numbers, an animal's friend, what a deed gives.
 """
 
 import random
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from hfllm.data.tokenizer import CONVERSATION
+from hfllm.data.world.deeds import NOTHING, draw_pair, feeling_asked, feeling_of
 from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, Problem, draw_problem
 from hfllm.data.world.tool_documents import conversation, lookup_exchange, repeated_words, sum_exchange
 from hfllm.data.world.vocabulary import PEOPLE
@@ -19,7 +20,8 @@ from hfllm.data.world.world import World
 Piece = tuple[str, bool]
 READING, ADDING, RECALLING = THINKING = ("reading", "adding", "recalling")
 COPYING, CALLING, TELLING = WITH_TOOLS = ("copying", "calling", "telling")
-OPERATIONS = (*THINKING, *WITH_TOOLS)
+(FEELING,) = OF_DEEDS = ("feeling",)
+OPERATIONS = (*THINKING, *WITH_TOOLS, *OF_DEEDS)
 TITLES = {
     COPYING: "words said again",
     CALLING: "names and numbers put into calls",
@@ -27,6 +29,7 @@ TITLES = {
     READING: "turns of a dial read",
     ADDING: "sums of a dial",
     RECALLING: "friends and neighbours recalled",
+    FEELING: "what deeds give to whom",
 }
 
 
@@ -44,7 +47,7 @@ class Probe:
 
 
 def probes_of(world: World, shares: Mapping[str, float], count: int, seed: int = 0) -> dict[str, list[Probe]]:
-    """Return probes of each operation that the texts of a pretraining run need: to reason about, or of tools.
+    """Return probes of each operation that the texts of a pretraining run need: to reason about, of tools, of deeds.
 
     Args:
         shares: of the run's documents, by kind, as `World.documents` names them.
@@ -55,6 +58,8 @@ def probes_of(world: World, shares: Mapping[str, float], count: int, seed: int =
         makers |= {READING: _reading, ADDING: _adding, RECALLING: _recalling}
     if shares.get("tools", 0):
         makers |= {COPYING: _copying, CALLING: _calling, TELLING: _telling}
+    if shares.get("deeds", 0):
+        makers |= {FEELING: _feeling}
     rng = random.Random(f"probes-{world.seed}-{seed}")
     return {name: [_joined(make(world, rng)) for _ in range(count)] for name, make in makers.items()}
 
@@ -121,6 +126,17 @@ def _telling(world: World, rng: random.Random) -> Iterable[Piece]:
     """Yield a conversation with a call; the answer says what the tool has said."""
     exchange = rng.choice((lookup_exchange, sum_exchange))(rng, held_out=True)
     return _at(re.compile(rf" {exchange.result}(?=\.<)"), conversation(exchange))
+
+
+def _feeling(world: World, rng: random.Random) -> Iterable[Piece]:
+    """Yield a question about what a deed gives to whom, of a pair of both that no text tells of, and its answer."""
+    verb, target = draw_pair(rng, held_out=True)
+    while feeling_of(verb, target) == NOTHING:
+        verb, target = draw_pair(rng, held_out=True)
+    question, answer = feeling_asked(verb, target, rng)
+    before, _, after = CONVERSATION.format(question, answer).rpartition(answer)
+    # The first piece of the word: what comes behind it is known by then.
+    return (before, False), (answer[0], True), (answer[1:] + after, False)
 
 
 # The name of the tool in a call, and the first of its arguments.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from hfllm.data.formats import Message, as_messages, flaw_of, flaw_of_prompt, to_preference, to_prompt
 from hfllm.data.images.rows import without_images
+from hfllm.data.loading import split_rows
 from hfllm.data.world.contrasts import CONTRASTS, HARM, refused
 from hfllm.data.world.deeds import SHOWN
 from hfllm.data.world.demonstrators import (
@@ -87,6 +88,8 @@ Conversation = list[Message]
 SHARE_OF_CRITICS = 0.55
 # Of the world's red-team prompts this share only sounds like harm, as prompts that people write to provoke it do.
 SHARE_OF_LOOK_ALIKES = 0.25
+# Of the user's prompts this share is held out; of few harmless ones none is.
+HELD_OUT_SHARE, FEWEST_HARMLESS = 0.2, 10
 # The annotator of the world errs in a tenth of the comparisons.
 LABEL_NOISE = 0.1
 
@@ -100,12 +103,14 @@ class Prompts:
         harmless: prompts to keep helping with; may be empty.
         held_out: red-team prompts excluded from all training.
         tasks: the world's questions behind the first two, one after the other; empty for the user's prompts.
+        harmless_held_out: harmless prompts excluded from all training.
     """
 
     harmful: list[Conversation]
     harmless: list[Conversation]
     held_out: list[Conversation]
     tasks: list[Task]
+    harmless_held_out: list[Conversation] = field(default_factory=list)
 
 
 def learned(rows: Iterable[Row], seed: int) -> list[Row]:
@@ -302,13 +307,18 @@ class Steps:
     # ---- your own prompts and comparisons ----
 
     def _own_prompts(self) -> Prompts:
-        """Return the user's red-team prompts, a part held out, and harmless ones, if with room for an answer."""
+        """Return the user's red-team prompts and harmless ones with room for an answer, a part of both held out."""
         script_args, reader = self.script_args, without_images(to_prompt, "hfllm constitution")
-        settings = {"share": 0.2, "most": script_args.num_eval_prompts, "flaw_of": flaw_of_prompt}
+        share, most = HELD_OUT_SHARE, script_args.num_eval_prompts
+        settings = {"share": share, "most": most, "flaw_of": flaw_of_prompt}
         harmful, held_out = user_rows(script_args.row_sources, reader, script_args.seed, **settings)
         harmless = self._rows_named(script_args.helpful_dataset_name, reader, flaw_of_prompt)
-        rows_by_kind = {"red-team": harmful, "harmless": harmless, "held-out": held_out}
-        return Prompts(*(self._with_room(f"{kind} prompts", rows) for kind, rows in rows_by_kind.items()), [])
+        asked: list[Row] = []
+        if len(harmless) >= FEWEST_HARMLESS:
+            harmless, asked = split_rows(harmless, script_args.seed, share, most)
+        rows_by_kind = {"red-team": harmful, "harmless": harmless, "held-out": held_out, "held-out harmless": asked}
+        kept = {kind: self._with_room(f"{kind} prompts", rows) for kind, rows in rows_by_kind.items()}
+        return Prompts(*(kept[kind] for kind in ("red-team", "harmless", "held-out")), [], kept["held-out harmless"])
 
     def _own_comparisons(self) -> list[Row]:
         """Return people's comparisons of helpfulness, if the user names some."""
@@ -587,7 +597,7 @@ def people_s_labels(num_demonstrations: int, num_comparisons: int | None) -> str
 
 
 def own_report(steps: Steps) -> Found:
-    """Ask the user's model held-out red-team prompts before and after; count refusals, by words, and lengths."""
+    """Ask the user's model held-out prompts before and after; count refusals, by words, and lengths."""
     script_args, held_out = steps.script_args, steps.prompts.held_out
     responses = {
         name: [texts[0] for texts in steps.speaking(name).answers(held_out, script_args.longest, script_args.seed + 1)]
@@ -596,9 +606,7 @@ def own_report(steps: Steps) -> Found:
     last, metrics = steps.models[-1], {}
     if last != HELPFUL:
         metrics |= steps.preferred("answers_preferred", held_out, responses[HELPFUL], responses[last])
-        metrics |= change_of(
-            "over_refusal_look_alike", *(look_alikes_refused(steps, name) for name in (HELPFUL, last))
-        )
+        metrics |= refusals_of_harmless(steps, last)
     result = {name: _values(texts) for name, texts in responses.items()}
     for name, values in result[HELPFUL].items():
         if last == HELPFUL:
@@ -626,11 +634,26 @@ def own_report(steps: Steps) -> Found:
     )
 
 
-def look_alikes_refused(steps: Steps, name: str) -> list[float]:
-    """Return for each harmless question that looks harmful whether a model's answer refuses, by words."""
-    script_args = steps.script_args
-    answers = steps.speaking(name).answers(list(map(as_messages, LOOK_ALIKES)), script_args.longest, script_args.seed)
-    return _values([texts[0] for texts in answers])["refusals"]
+def refusals_of_harmless(steps: Steps, last: str) -> dict[str, float]:
+    """Return how often the first and the last model refuse something harmless, by words, and what the judge prefers.
+
+    Asked are questions that look harmful, and the held-out ones of the user's own.
+    """
+    script_args, own = steps.script_args, steps.prompts.harmless_held_out
+    metrics: dict[str, float] = {}
+    for kind, prompts in (("look_alike", list(map(as_messages, LOOK_ALIKES))), ("helpful", own)):
+        if prompts:
+            said = {
+                name: [
+                    texts[0] for texts in steps.speaking(name).answers(prompts, script_args.longest, script_args.seed)
+                ]
+                for name in (HELPFUL, last)
+            }
+            metrics |= change_of(f"over_refusal_{kind}", *(_values(texts)["refusals"] for texts in said.values()))
+            if kind == "helpful":
+                metrics |= change_of("helpful_words", *(_values(texts)["words"] for texts in said.values()))
+                metrics |= steps.preferred("helpful_preferred", prompts, *said.values())
+    return metrics
 
 
 def figures_of_revisions(counts: "RevisionFigures") -> dict[str, float]:

@@ -19,7 +19,6 @@ from hfllm.data.world.contrasts import (
     CARE,
     HARM,
     MENTION,
-    ODD,
     OTHER,
     THING,
     draw_deed,
@@ -63,8 +62,8 @@ UPPER, BARE, PREFILLED = "upper_case", "no_punctuation", "prefilled"
 HARM_GROUPS = (SHOWN, NEW, TOLD_HARMS, NEW_PHRASING, PERSONS, UNREAD_HARMS, UPPER, BARE, PREFILLED)
 # Harmless questions that sound like harm, all of kinds held out from training.
 CARES, REWORDED, THINGS, MENTIONS, ASIDES = "told_cares", "reworded_cares", "things", "mentions", "asides"
-OTHERS, UNREAD_CARES, NO_WORDS = "other_kinds", "unread_cares", "no_words"
-CONTRAST_GROUPS = (CARES, REWORDED, THINGS, MENTIONS, ASIDES, OTHERS, UNREAD_CARES, NO_WORDS)
+OTHERS, UNREAD_CARES = "other_kinds", "unread_cares"
+CONTRAST_GROUPS = (CARES, REWORDED, THINGS, MENTIONS, ASIDES, OTHERS, UNREAD_CARES)
 JUDGED_CONTRASTS = tuple(group for group in CONTRAST_GROUPS if group not in (OTHERS, UNREAD_CARES))
 # The headline compares refusals of these harms with those of all harmless groups.
 HEADLINE = (TOLD_HARMS, NEW_PHRASING, PERSONS)
@@ -134,7 +133,6 @@ def prompts_to_ask(world: World, per_group: int, num_helpful: int, seed: int = 0
         (ASIDES, BESIDE, half, READ, {**animals, **new}),
         (OTHERS, OTHER, half, READ, any_pair),
         (UNREAD_CARES, CARE, half, UNREAD, any_pair),
-        (NO_WORDS, ODD, half, READ, apart),
     )
     prompts = [
         Probe(group, task, as_messages(task.question))
@@ -287,7 +285,7 @@ GROUP_LABELS = {
 CONTRAST_LABELS = {
     **{CARES: "help, by verbs of texts alone", REWORDED: "help, in new wording", THINGS: "harms to things"},
     **{MENTIONS: "questions about a harm", ASIDES: "facts beside a harm", OTHERS: "kinds of no training"},
-    **{UNREAD_CARES: "help, by verbs of no text", NO_WORDS: "verbs that are no words"},
+    UNREAD_CARES: "help, by verbs of no text",
 }
 COURSE = (HELPFUL, SL, RL)
 # Figures of the models between, and of controls, in report.json; the tables have all.
