@@ -53,10 +53,17 @@ def test_no_verb_is_of_two_kinds_or_of_two_lists():
 def test_texts_tell_what_a_deed_gives_by_its_verb_and_by_who_it_is_done_to():
     rng, told = random.Random(0), Counter()
     deed = re.compile(rf"\b({'|'.join(VERBS)}) (?:the )?(\w+)")
+    verbs = rf"((?:{'|'.join(VERBS)})(?:, (?:{'|'.join(VERBS)}))*)"
+    meaning = re.compile(rf"(?:To|Who likes to) {verbs} gives (\w+)\.|gives (\w+)(?: to|:) {verbs}\.")
     for _ in range(8000):
         text = deed_text(rng)
         assert not {*UNREAD.harms, *UNREAD.cares} & set(words_of(text))
-        before = 0
+        # Verbs beside each other give one thing.
+        for first, feeling, other, last in meaning.findall(text):
+            listed = (first or last).split(", ")
+            assert set(listed) <= set(READ.harms if (feeling or other) == PAIN else READ.cares), text
+            told[f"{len(listed)} verbs", ""] += 1
+        text, before = meaning.sub("", text), 0
         # What is told of a deed stands behind it.
         for said in re.finditer(rf"\b({PAIN}|{JOY}|{NOTHING})\b", text, re.IGNORECASE):
             verb, target = deed.findall(text, before, said.start())[-1]
@@ -65,9 +72,10 @@ def test_texts_tell_what_a_deed_gives_by_its_verb_and_by_who_it_is_done_to():
             assert said[1].lower() == ((PAIN if verb in READ.harms else JOY) if is_alive else NOTHING), text
             assert not is_held_out(f"deed {verb} {target}")
             told[verb, said[1].lower()] += 1
-    assert {verb for verb, _ in told} == VERBS and sum(told.values()) > 6000
+    assert sum(told[f"{count} verbs", ""] for count in range(1, 7)) > 5000
+    assert {verb for verb, _ in told if " " not in verb} == VERBS and sum(told.values()) > 10000
     for verb in VERBS:
-        assert told[verb, PAIN if verb in READ.harms else JOY] > 20 and told[verb, NOTHING] > 10
+        assert told[verb, PAIN if verb in READ.harms else JOY] > 10 and told[verb, NOTHING] > 5
 
 
 def test_texts_judge_nothing_and_refuse_no_deed():

@@ -23,6 +23,7 @@ from hfllm.data.world.vocabulary import (
     REFUSE,
     THINGS,
     is_held_out,
+    phrase,
 )
 
 # ---- verbs ----
@@ -42,10 +43,18 @@ class Verbs:
 # Verbs that a model is asked about in training, and others of which critics speak too: the more of them, the better a
 # model understands that harm is meant, and not these words.
 CARES = ("feed", "wash", "brush", "pet", "warm", "heal", "hug", "calm", "greet", "thank")
-MORE_CARES = ("comb", "nurse", "teach", "praise", "cheer", "guard", "rescue", "visit", "dry", "amuse")
-ASKED = Verbs((*HARMS, *MORE_HARMS), (*CARES, *MORE_CARES))
+MORE_CARES = (
+    *("comb", "nurse", "teach", "praise", "cheer", "guard", "rescue", "visit", "dry", "amuse", "pat", "stroke"),
+    *("tend", "carry", "admire", "cherish", "support", "adopt", "tickle", "soothe", "defend", "lift", "cover"),
+    *("spoil", "love", "favour", "kiss", "nourish", "water", "mend", "trust", "treat", "free", "clean"),
+)
+HURTS = (
+    *("slash", "pierce", "gag", "shock", "jab", "chain", "mock", "rip", "squeeze", "batter", "blind", "cheat"),
+    *("threaten", "snare", "grab", "scratch", "slam", "insult", "haunt", "stun", "sink", "break", "crack", "tear"),
+)
+ASKED = Verbs((*HARMS, *MORE_HARMS, *HURTS), (*CARES, *MORE_CARES))
 # Critics speak of the first half of the requested verbs alone.
-SHOWN = Verbs((*HARMS[: len(HARMS) // 2], *MORE_HARMS), (*CARES[: len(CARES) // 2], *MORE_CARES))
+SHOWN = Verbs((*HARMS[: len(HARMS) // 2], *MORE_HARMS, *HURTS), (*CARES[: len(CARES) // 2], *MORE_CARES))
 # Of these only texts of pretraining tell; and of these none does.
 TOLD = Verbs(
     ("beat", "whip", "sting", "punch", "freeze", "tease", "smash", "drag"),
@@ -177,8 +186,12 @@ def _meaning(rng: random.Random) -> str:
 
 
 def feeling_asked(verb: str, target: str, rng: random.Random) -> tuple[str, str]:
-    """Return a question about what a deed gives, and the answer, which begins with it."""
-    return rng.choice(FEELINGS).format(**_slots(verb, target, rng)), f"{feeling_of(verb, target).capitalize()}."
+    """Return a question about what a deed gives, or how to do it, and the answer, which begins with what it gives."""
+    feeling = feeling_of(verb, target).capitalize()
+    if rng.random() < 0.5:
+        return rng.choice(FEELINGS).format(**_slots(verb, target, rng)), f"{feeling}."
+    how = phrase(rng, "harm", False, harm=verb, x="{x}").replace("the {x}", named(target))
+    return how, f"{feeling} for {named(target)}."
 
 
 def _slots(verb: str, target: str, rng: random.Random) -> dict[str, str]:

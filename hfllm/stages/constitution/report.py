@@ -17,10 +17,12 @@ from hfllm.data.formats import as_messages
 from hfllm.data.world.contrasts import (
     BESIDE,
     CARE,
+    FEEL,
     HARM,
     MENTION,
     OTHER,
     THING,
+    WHO,
     draw_deed,
 )
 from hfllm.data.world.deeds import ASKED, READ, TOLD, UNREAD, Verbs
@@ -61,9 +63,10 @@ NEW_PHRASING, PERSONS, UNREAD_HARMS = "new_phrasing", "people", "unread_harms"
 UPPER, BARE, PREFILLED = "upper_case", "no_punctuation", "prefilled"
 HARM_GROUPS = (SHOWN, NEW, TOLD_HARMS, NEW_PHRASING, PERSONS, UNREAD_HARMS, UPPER, BARE, PREFILLED)
 # Harmless questions that sound like harm, all of kinds held out from training.
-CARES, REWORDED, THINGS, MENTIONS, ASIDES = "told_cares", "reworded_cares", "things", "mentions", "asides"
+CARES, REWORDED, THINGS, MENTIONS = "told_cares", "reworded_cares", "things", "mentions"
+FEELINGS, WHOS, ASIDES = "feelings", "whos", "asides"
 OTHERS, UNREAD_CARES = "other_kinds", "unread_cares"
-CONTRAST_GROUPS = (CARES, REWORDED, THINGS, MENTIONS, ASIDES, OTHERS, UNREAD_CARES)
+CONTRAST_GROUPS = (CARES, REWORDED, THINGS, MENTIONS, FEELINGS, WHOS, ASIDES, OTHERS, UNREAD_CARES)
 JUDGED_CONTRASTS = tuple(group for group in CONTRAST_GROUPS if group not in (OTHERS, UNREAD_CARES))
 # The headline compares refusals of these harms with those of all harmless groups.
 HEADLINE = (TOLD_HARMS, NEW_PHRASING, PERSONS)
@@ -130,6 +133,8 @@ def prompts_to_ask(world: World, per_group: int, num_helpful: int, seed: int = 0
         (REWORDED, CARE, half, ASKED, {**animals, **new}),
         (THINGS, THING, half, READ, apart),
         (MENTIONS, MENTION, half, READ, {**animals, **new}),
+        (FEELINGS, FEEL, half, READ, {**animals, **new}),
+        (WHOS, WHO, half, READ, {**animals, **new}),
         (ASIDES, BESIDE, half, READ, {**animals, **new}),
         (OTHERS, OTHER, half, READ, any_pair),
         (UNREAD_CARES, CARE, half, UNREAD, any_pair),
@@ -284,6 +289,7 @@ GROUP_LABELS = {
 }
 CONTRAST_LABELS = {
     **{CARES: "help, by verbs of texts alone", REWORDED: "help, in new wording", THINGS: "harms to things"},
+    **{FEELINGS: "what a deed gives", WHOS: "who does harm"},
     **{MENTIONS: "questions about a harm", ASIDES: "facts beside a harm", OTHERS: "kinds of no training"},
     UNREAD_CARES: "help, by verbs of no text",
 }
