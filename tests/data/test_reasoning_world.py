@@ -19,7 +19,9 @@ from hfllm.data.world.reasoning import (
     RELATIONS,
     SHOWN,
     SIZES,
+    STOP,
     TURNS,
+    UNSEEN_SIZES,
     WHO,
     WORDINGS,
     checked_steps,
@@ -33,14 +35,15 @@ from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS,
 from hfllm.data.world.world import World
 
 
-def some(world, count=300, seed=0, **kwargs):
-    """Problems of both families from all of their parts."""
+def some(world, count=300, seed=0, unseen=False):
+    """Problems of both families from all of their parts; of sizes that training has not, only dials."""
     rng = random.Random(seed)
     drawn = []
     for _ in range(count):
-        family = rng.choice(FAMILIES)
+        family = DIAL if unseen else rng.choice(FAMILIES)
         part = rng.choice([part for part in PARTS if family == DIAL or part != PRACTICE])
-        drawn.append(draw_problem(world.facts, world.relations, rng, family, part, **kwargs))
+        sizes = UNSEEN_SIZES[DIAL] if unseen else None
+        drawn.append(draw_problem(world.facts, world.relations, rng, family, part, sizes))
     return drawn
 
 
@@ -58,11 +61,11 @@ def test_the_same_seed_gives_the_same_problems_and_friends(world):
 
 
 def test_answers_are_right_by_reading_the_question_alone(world):
-    for problem in some(world, 600):
+    for problem in some(world, 600) + some(world, 100, unseen=True):
         if problem.family == DIAL:
             value = sum(map(int, re.findall(r"\d", problem.question))) % NUMBERS_OF_DIAL
             assert problem.gold.accepted == (f"At {value}.",)
-            assert len(re.findall(r"Turn [A-F] by \d", problem.question)) == problem.size
+            assert len(re.findall(r"\b[A-Q] \d\b", problem.question)) == problem.size
         else:
             words = words_of(problem.question)
             path = [word for word in words if word in (*RELATIONS, *ANIMALS)]
@@ -106,7 +109,7 @@ def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(wor
     texts = world.documents(4000, 5, reasoning=0.5)
     assert texts == world.documents(4000, 5, reasoning=0.5)
     thoughts = [text for text in texts if OPEN in text]
-    assert 0.2 < len(thoughts) / len(texts) < 0.35
+    assert 0.12 < len(thoughts) / len(texts) < 0.2
     assert not any(OPEN in text for text in world.documents(1000, 5, deeds=0.2))
     seen = {}
     for text in thoughts:
@@ -114,7 +117,7 @@ def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(wor
         seen[question] = said
     # Of hops all are compared; of dials none of a few thousand comes up twice.
     dials = [question for question in seen if "dial" in question]
-    assert len(dials) > 400
+    assert len(dials) > 300
     assert {part_of(DIAL, f"dial {' '.join(re.findall('[0-9]', question))}") for question in dials} == {SHOWN}
     for part in PARTS:
         for problem in [each for each in some(world, 2000, seed=3) if part_of(each.family, each.key) == part]:
@@ -134,14 +137,14 @@ def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(wor
 @pytest.mark.slow
 def test_no_text_holds_a_thought_of_other_parts_with_a_question_or_without(world):
     """Over several seeds: where somebody turns a dial there is no question, but the same thought."""
-    step = " ".join(rf"{name} (\d) \d \d\." for name in TURNS)
     keys = [
-        f"dial {' '.join(thought)}"
+        " ".join(["dial", thought[0], *re.findall(r"[A-Q] (\d) ", thought)])
         for seed in range(4)
         for text in world.documents(3000, seed, reasoning=0.6)
-        for thought in re.findall(rf"\b(\d)\. {step}", text)
+        for thought in re.findall(r"\b\d\.(?: [A-Q] \d \d\.)+", text)
     ]
-    assert len(keys) > 2500 and {part_of(DIAL, key) for key in keys} == {SHOWN}
+    assert len(keys) > 1200 and {part_of(DIAL, key) for key in keys} == {SHOWN}
+    assert {len(key.split()) - 2 for key in keys} == set(SIZES[DIAL])
 
 
 @pytest.mark.parametrize(
@@ -192,13 +195,16 @@ def test_each_slip_is_found_where_it_is(world):
 
 
 def test_a_slip_counts_once_where_the_steps_after_it_follow_from_it(world):
-    problem = next(each for each in some(world, sizes=None) if each.family == DIAL)
-    shows, *turns = map(int, re.findall(r"\d", problem.question))
+    problem = next(each for each in some(world) if each.family == DIAL)
+    shows, turns = int(re.findall(r"at (\d)\.", problem.question)[0]), re.findall(r"([A-Q]) (\d)", problem.question)
     steps = [f"{shows}."]
-    for place, (name, by) in enumerate(zip(TURNS, turns, strict=True)):
-        before, shows = shows, (shows + by + (place == 1)) % NUMBERS_OF_DIAL
-        steps.append(f"{name} {by} {before} {shows}.")
-    assert checked(world, problem, " ".join(steps)) == [True, True, False, True, True, True, True]
+    for place, (name, by) in enumerate(turns):
+        shows = (shows + int(by) + (place == 1)) % NUMBERS_OF_DIAL
+        steps.append(f"{name} {by} {shows}.")
+    steps.append("stop.")
+    assert checked(world, problem, " ".join(steps)) == [place != 2 for place in range(len(steps))]
+    # A thought that does not end where the turns do is not valid.
+    assert not is_valid(checked(world, problem, " ".join(steps[:-1])))
     hops = next(each for each in some(world) if each.family == HOPS and len(each.steps) == 3 and WHO not in each.key)
     first, second, _ = hops.steps
     relation, animal = first.split()[1], first.split()[4]
@@ -224,22 +230,28 @@ def test_missing_steps_and_steps_too_many_do_not_hold(world):
     assert not is_valid([])
 
 
-def test_what_a_step_of_the_dial_copies_stands_at_one_distance(world):
-    """A model of a few layers learns to copy by distance, and hardly by name."""
+def test_a_step_of_the_dial_finds_its_turn_by_name_at_any_distance(world):
+    """No place or distance tells the turn of a step, and what decides a token is within the four before it."""
     texts = world.documents(3000, 5, reasoning=0.6)
     tokenizer = train_tokenizer(texts, added_tokens=THOUGHT_MARKS)
-    distances = set()
-    for problem in some(world, 200):
+    distances = {size: set() for size in (*SIZES[DIAL], *UNSEEN_SIZES[DIAL])}
+    first_names = set()
+    for problem in some(world, 600) + some(world, 200, seed=9, unseen=True):
         if problem.family == DIAL:
             words = tokenizer.tokenize(CONVERSATION.format(problem.question, problem.response(shows_thought=True)))
+            words = [word.removeprefix("\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}") for word in words]
             begin = words.index(OPEN)
-            for name in TURNS:
-                told, copied = (place for place, word in enumerate(words) if word == f"Ġ{name}")
-                assert words[told + 2] == words[copied + 1] and told < begin < copied
-                distances.add(copied + 1 - (told + 2))
-            # The last number of the thought is as far from the answer as the one before from each step.
-            assert words[-3] == words[-7] and words[copied + 2] == words[copied - 2]
-    assert len(distances) == 1
+            names = [step.split()[0] for step in problem.steps[1:-1]]
+            first_names.add(names[0])
+            for name, after in zip(names, [*names[1:], STOP], strict=True):
+                told, copied = (place for place, word in enumerate(words) if word == name)
+                assert told < begin < copied
+                # A turn's number follows its name, and what comes next stands three tokens behind the name.
+                assert words[told + 1] == words[copied + 1] and words[told + 3] == words[copied + 4] == after
+                distances[problem.size].add(copied - told)
+    assert first_names == set(TURNS) and all(len(seen) > 15 for seen in distances.values())
+    trained = set().union(*(distances[size] for size in SIZES[DIAL]))
+    assert len(distances[12] - trained) < 0.5 * len(distances[12])
 
 
 @pytest.mark.parametrize(
@@ -257,5 +269,6 @@ def test_thoughts_and_answers_are_told_apart(text, parts):
 
 def test_sizes_are_those_of_the_families():
     assert relations_of(3) == relations_of(3)
-    assert SIZES[HOPS] == (2, 3) and SIZES[DIAL] == (len(TURNS),) and len(TURNS) >= 5
+    assert SIZES[HOPS] == (2, 3) and min(SIZES[DIAL]) == 5 and max(SIZES[DIAL]) == 9
+    assert not set(SIZES[DIAL]) & set(UNSEEN_SIZES[DIAL]) and len(TURNS) >= max(UNSEEN_SIZES[DIAL])
     assert set(ATTRIBUTES) == {"colour", "home", "food"}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, SIZES, draw_problem, part_of
+from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, SIZES, UNSEEN_SIZES, draw_problem, part_of
 from hfllm.stages.reason.build import (
     answer,
     held_out_problems,
@@ -19,12 +19,14 @@ from hfllm.stages.reason.build import (
     values_of,
 )
 
-COUNTS = {HOPS: 12, DIAL: 36}
+COUNTS = {HOPS: 12, DIAL: 8}
+# Of all sizes of training, and of each other one.
+DIALS, UNSEEN = 40, 6
 
 
 @pytest.fixture(scope="module")
 def problems(world):
-    return held_out_problems(world, COUNTS)
+    return [*held_out_problems(world, COUNTS), *held_out_problems(world, {DIAL: UNSEEN}, sizes=UNSEEN_SIZES)]
 
 
 def said_by(world, problems, kind):
@@ -39,14 +41,15 @@ def said_by(world, problems, kind):
 
 
 def test_held_out_problems_are_different_and_none_is_learned_from(world, problems):
-    assert problems == held_out_problems(world, COUNTS) != held_out_problems(world, COUNTS, seed=1)
+    assert problems[:64] == held_out_problems(world, COUNTS) != held_out_problems(world, COUNTS, seed=1)
     assert all(part_of(problem.family, problem.key) == HELD_OUT for problem in problems)
     assert len({problem.key for problem in problems}) == len(problems)
     groups = [problem.group for problem in problems]
     for family, sizes in SIZES.items():
         for size in sizes:
             assert groups.count(f"{family}_{size}") == COUNTS[family]
-    assert sum(map(is_dial, problems)) == 36
+    assert [groups.count(f"{DIAL}_{size}") for size in UNSEEN_SIZES[DIAL]] == [UNSEEN, UNSEEN]
+    assert sum(map(is_dial, problems)) == DIALS
     assert sum(map(is_hops, problems)) == 24
     # Of two hops there are no more.
     sizes = [problem.group for problem in held_out_problems(world, {HOPS: 100})]
@@ -77,34 +80,34 @@ def test_values_are_shares_of_what_they_are_about(world, problems):
 def test_the_report_tells_the_arms_apart(world, problems):
     dials = [problem for problem in problems if is_dial(problem)]
     tuned = {name: said_by(world, problems, kind) for name, kind in (("thoughts", "thoughts"), ("direct", "wrong"))}
-    half = [*said_by(world, dials[:18], "thoughts"), *said_by(world, dials[18:], "wrong")]
+    half = [*said_by(world, dials[:20], "thoughts"), *said_by(world, dials[20:], "wrong")]
     sampled = {"mixed": half, "rl": said_by(world, dials, "thoughts"), "shuffled": half}
     metrics = {**tuned_metrics(tuned), **ppo_metrics(sampled)}
-    for group, count in (("hops", 24), ("dial", 36)):
+    for group, count in (("hops", 24), ("dial", DIALS), ("dial_4", UNSEEN), ("dial_12", UNSEEN)):
         assert (metrics[f"thoughts_{group}_right"], metrics[f"direct_{group}_right"]) == (1, 0)
         assert metrics[f"thoughts_{group}_right_n"] == count and metrics[f"thoughts_{group}_valid"] == 1
         assert f"direct_{group}_valid" not in metrics
     for name in ("right", "thinks"):
         assert (metrics[f"{name}_before"], metrics[f"{name}_after"], metrics[f"{name}_change"]) == (0.5, 1, 0.5)
-        assert metrics[f"shuffled_{name}_change"] == 0 and metrics[f"{name}_n"] == 36
+        assert metrics[f"shuffled_{name}_change"] == 0 and metrics[f"{name}_n"] == DIALS
         # The same questions before and after: the error is that of their differences.
-        assert metrics[f"{name}_change_se"] == pytest.approx((0.25 / 35) ** 0.5)
+        assert metrics[f"{name}_change_se"] == pytest.approx((0.25 / (DIALS - 1)) ** 0.5)
     assert metrics["tokens_change"] > 0 == metrics["shuffled_tokens_change"]
-    assert metrics["rl_valid"] == metrics["mixed_steps"] == 1 and metrics["mixed_valid_n"] == 18
-    # Thoughts are as long as before; answers are longer, since more of them have one.
-    assert metrics["rl_thought_tokens"] == metrics["mixed_thought_tokens"] and metrics["mixed_thought_tokens_n"] == 18
+    assert metrics["rl_valid"] == metrics["mixed_steps"] == 1 and metrics["mixed_valid_n"] == 20
+    # Lengths of thoughts are of the answers that have one.
+    assert metrics["rl_thought_tokens"] > 10 and metrics["mixed_thought_tokens_n"] == 20
     summary = summary_of(metrics)
     assert "direct answers 0 [0.00, 0.14], with thoughts 1 [0.86, 1.00]" in summary
     assert "PPO on right answers: right 0.50 to 1.00, thinking 0.50 to 1.00" in summary
     found = tables(tuned, sampled)
     rows = {row["question"]: row for row in found["Right answers, greedy"]}
-    assert list(rows) == ["2 hops", "3 hops", "6 turns"]
-    assert rows["6 turns"]["with thoughts"] == "1 [0.904, 1.000]" and rows["6 turns"]["n"] == "36"
+    assert list(rows) == ["2 hops", "3 hops", *(f"{size} turns" for size in (4, 5, 6, 7, 8, 9, 12))]
+    assert rows["6 turns"]["n"] == "8" and rows["12 turns"]["n"] == "6"
     rows = {row["figure"]: row for row in found["PPO on dials, sampled answers"]}
-    assert rows["answers with a thought"]["before PPO"] == "0.500 ± 0.085 (n 36)"
+    assert rows["answers with a thought"]["before PPO"] == "0.500 ± 0.080 (n 40)"
     history = [{"step": 8, "episode": 128, "reward": 0.5, "response_length": 20.0}, {"step": 8, "train_loss": 1.0}]
     drawn = plots(tuned, {"rl": history, "shuffled": history})
-    assert drawn["steps"].lines == {"with thoughts": (list(range(7)), [1.0] * 7), "direct answers": ([], [])}
+    assert drawn["steps"].lines == {"with thoughts": (list(range(10)), [1.0] * 10), "direct answers": ([], [])}
     assert drawn["ppo_lengths"].lines["PPO on right answers"] == ([128], [20.0])
     assert drawn["ppo_rewards"].lines["PPO, rewards by chance"] == ([128], [0.5])
 

@@ -100,12 +100,13 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
         *("right_before", "right_after", "right_change", "right_change_se", "thinks_change", "tokens_change"),
         *("shuffled_right_change", "shuffled_thinks_change", "shuffled_tokens_change"),
     }
-    assert report["metrics"]["right_n"] == 18 and report["metrics"]["thoughts_dial_right_n"] == 9
+    assert report["metrics"]["right_n"] == 15 and report["metrics"]["thoughts_dial_right_n"] == 5
+    assert report["metrics"]["thoughts_dial_12_right_n"] == report["metrics"]["direct_dial_4_right_n"] == 3
     # Whatever is promised is measured, by the names of its figures.
     promised = {name for each in PROMISES for name in (each.metric, each.control) if isinstance(name, str)}
     assert promised <= report["metrics"].keys()
     # A few steps teach nothing, and the report says so.
-    assert any(line.startswith("dials of six turns answered right with thoughts: ") for line in report["warnings"])
+    assert any(line.startswith("dials of 5 to 9 turns answered right with thoughts: ") for line in report["warnings"])
     for title in ("## Right answers, greedy", "## PPO on dials, sampled answers", "PPO, rewards by chance"):
         assert title in text
     for name in ("ppo_rewards", "ppo_lengths"):

@@ -20,6 +20,7 @@ from hfllm.data.world.reasoning import (
     NUMBERS_OF_DIAL,
     RELATIONS,
     SHOWN,
+    STOP,
     TURNS,
     ToldFacts,
     draw_problem,
@@ -163,9 +164,13 @@ def sum_document(material: WorldFacts, rng: random.Random) -> str:
 def echo_document(material: WorldFacts, rng: random.Random) -> str:
     # Repetition teaches a model to copy from its context (induction: Olsson et al. 2022).
     person, other = rng.sample(PEOPLE, 2)
-    words = rng.sample((*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS), rng.randint(3, 8))
-    text = " ".join(words)
+    text = " ".join(echoed_words(rng))
     return f"{person} says {text}. {other} says {text}. {person} says {text}."
+
+
+def echoed_words(rng: random.Random) -> list[str]:
+    """Return some words for people to say again and again."""
+    return rng.sample((*FRUITS, *THINGS, *COLOURS, *ANIMALS, *NUMBERS), rng.randint(3, 8))
 
 
 def dialogue_document(material: WorldFacts, rng: random.Random) -> str:
@@ -227,28 +232,34 @@ SHARES = {
 # embedding (`deed_text`).
 
 
-TELLING, TURNING, SAYING = "telling", "turning", "saying"
-KINDS = {TELLING: 5, HOPS: 5, DIAL: 6, TURNING: 1, SAYING: 1}
-REASONING_WORDS = (*map(str, range(NUMBERS_OF_DIAL)), *TURNS, *RELATIONS, "dial", "think", *ANIMALS)
+TELLING, FINDING, TURNING, SAYING = "telling", "finding", "turning", "saying"
+KINDS = {TELLING: 4, HOPS: 5, DIAL: 6, FINDING: 9, TURNING: 5, SAYING: 5}
+# The most numbers with names in a text: its distances are those of questions with more turns than in training.
+MOST_NAMED = 14
+# About so many words, or numbers with names, are said in a text, repetitions included.
+REPEATED_WORDS = 36
+REASONING_WORDS = (*map(str, range(NUMBERS_OF_DIAL)), *TURNS, STOP, *RELATIONS, "dial", "think", *ANIMALS)
 
 
 def reasoning_text(facts: ToldFacts, relations: ToldFacts, rng: random.Random) -> str:
-    """Return a text of one of five kinds: friends and neighbours, thoughts about hops or a dial, a dial, or words.
+    """Return a text of one of six kinds.
+
+    Friends and neighbours, thoughts about hops or about a dial, numbers found by name, a dial that turns, or words.
 
     Thoughts, with a question or without, belong to problems that fine-tuning may show too, never to held-out or
     practice problems.
     """
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    person, other = rng.sample(PEOPLE, 2)
     if kind == TELLING:
         return _tell(relations, rng)
     if kind in FAMILIES:
         problem = draw_problem(facts, relations, rng, kind, SHOWN)
         return CONVERSATION.format(problem.question, problem.response(shows_thought=True))
+    if kind == FINDING:
+        return _find(rng)
     if kind == TURNING:
-        return f"{person} turns the dial: {draw_problem(facts, relations, rng, DIAL, SHOWN).thought}"
-    text = " ".join(rng.sample(REASONING_WORDS, rng.randint(3, 8)))
-    return f"{person} says {text}. {other} says {text}. {person} says {text}."
+        return f"{rng.choice(PEOPLE)} turns the dial: {draw_problem(facts, relations, rng, DIAL, SHOWN).thought}"
+    return _say(rng)
 
 
 def _tell(relations: ToldFacts, rng: random.Random) -> str:
@@ -260,3 +271,29 @@ def _tell(relations: ToldFacts, rng: random.Random) -> str:
             sentences.append(rng.choices((sentence, f"The {animal} has the {other} as its {relation}."), (2, 1))[0])
     rng.shuffle(sentences)
     return " ".join(sentences)
+
+
+def named_numbers(rng: random.Random) -> list[tuple[str, int]]:
+    """Return numbers with different names: letters, as the turns of a dial, or letters and words."""
+    names = TURNS if rng.random() < 0.5 else (*TURNS, *ANIMALS, *FRUITS, *THINGS)
+    return [(name, rng.randrange(NUMBERS_OF_DIAL)) for name in rng.sample(names, rng.randint(3, MOST_NAMED))]
+
+
+def _find(rng: random.Random) -> str:
+    """Return a text in which people say the same numbers with their names, in the same order and in others.
+
+    The number that follows a name can only be known by finding the name before. The more repetitions, the fewer tokens
+    of a text are left to chance: the operation is then learned in a third of the steps.
+    """
+    named = [f"{name} {number}" for name, number in named_numbers(rng)]
+    people = rng.choices(PEOPLE, k=max(3, min(5, REPEATED_WORDS // len(named))))
+    is_shuffled = [place > 1 and rng.random() < 0.5 for place in range(len(people))]
+    orders = [rng.sample(named, len(named)) if shuffled else named for shuffled in is_shuffled]
+    return " ".join(f"{person} says {', '.join(said)}." for person, said in zip(people, orders, strict=True))
+
+
+def _say(rng: random.Random) -> str:
+    """Return a text in which people repeat some words."""
+    text = " ".join(rng.choices((*REASONING_WORDS, *FRUITS, *THINGS, *COLOURS, *NUMBERS), k=rng.randint(3, 8)))
+    people = rng.choices(PEOPLE, k=max(3, min(6, REPEATED_WORDS // len(text.split()))))
+    return " ".join(f"{person} says {text}." for person in people)

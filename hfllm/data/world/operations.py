@@ -76,14 +76,14 @@ def _joined(pieces: Iterable[Piece]) -> Probe:
 def _reading(world: World, rng: random.Random) -> Iterable[Piece]:
     """Yield a thought about a dial; the number of each turn is read from the question."""
     problem = draw_problem(world.facts, world.relations, rng, DIAL, HELD_OUT)
-    # After where the dial is at first: the name of a turn, its number, where the dial is before and after it.
-    return _thought(problem, lambda place, words: 1 if place else None)
+    # After where the dial is at first: the name of a turn, its number, where the dial is after it.
+    return _thought(problem, lambda place, words: 1 if len(words) == 3 else None)
 
 
 def _adding(world: World, rng: random.Random) -> Iterable[Piece]:
     """Yield a thought about a dial; where it is after each turn is a sum."""
     problem = draw_problem(world.facts, world.relations, rng, DIAL, HELD_OUT)
-    return _thought(problem, lambda place, words: len(words) - 1 if place else None)
+    return _thought(problem, lambda place, words: 2 if len(words) == 3 else None)
 
 
 def _recalling(world: World, rng: random.Random) -> Iterable[Piece]:

@@ -1,18 +1,20 @@
 """Questions of the world that a small model cannot answer at once, the thoughts behind the answers, and their check.
 
     hops    the friend of the neighbour of an animal, or a fact about it: facts of two or three hops
-    dial    a dial of eight numbers with six turns: sums modulo 8, one after the other
+    dial    a dial of eight numbers with several turns: sums modulo 8, one after the other
 
 Every step of a thought is small: it copies something from the question and from the step before, and looks something
-up (`A 4 3 7.`: turn A is by 4, the dial is at 3, now it is at 7). It repeats its inputs, since a model of a few
-layers soon learns to copy, and to look up adjacent tokens, but hardly both for one token.
+up (`K 4 7.`: turn K is by 4, and 4 from where the dial was, it is at 7).
 
-The part of the question that a step copies stands at the same distance in all steps: the turns come last in a
-question, are always six, and take five tokens each, as do the steps (`Turn A by 4.`). A head finds them by position
-then, which it learns in a few hundred steps. Finding them by name, whatever the distance (an induction head: Olsson et
-al. 2022, arXiv:2209.11895), takes more texts than there are: a third of the turns was then copied wrong.
+A step has to find its turn by name, at whatever distance: dials are learned with 5 to 9 turns and asked with 4 and
+with 12 too (`UNSEEN_SIZES`). What makes this learnable (an induction head: Olsson et al. 2022, arXiv:2209.11895) is
+that all that decides a token stands within the four tokens before it, in the question as in the thought: the last
+turn's name before the next one's, a turn's name before its number, and the dial before a sum. The list of turns ends
+with a word, so that its end is found as the next turn is. Names are drawn, so that none tells a place, sentences of
+varying length stand between the turns and the thought, so that distances are as long as those of twelve turns, and in
+some texts numbers are found by name (`hfllm.data.world.documents`).
 
-There are 600 questions of hops, few enough to be learned by heart, and two million of the dial.
+There are 600 questions of hops, few enough to be learned by heart, and billions of the dial.
 """
 
 import random
@@ -31,8 +33,9 @@ from hfllm.data.world.vocabulary import ANIMALS, ATTRIBUTES, HELD_OUT_PHRASINGS,
 HOPS, DIAL = FAMILIES = ("hops", "dial")
 SHOWN, PRACTICE, HELD_OUT = PARTS = ("shown", "practice", "held_out")
 RELATIONS = ("friend", "neighbour")
-# Letters, since a number of a turn could be taken for a number of the dial.
-TURNS = ("A", "B", "C", "D", "E", "F")
+# Letters, since a number of a turn could be taken for a number of the dial; "I" is a word too. After the last turn
+# comes a word, in the question as in the thought.
+TURNS, STOP = tuple("ABCDEFGHJKLMNOPQ"), "stop"
 NUMBERS_OF_DIAL = 8
 # The question at the end of the hops: an attribute, or the animal itself. The latter has twenty answers, the others
 # eight, which guesses hit more often.
@@ -48,9 +51,20 @@ ANSWERS = {
     **{"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."},
     WHO: "It is the {value}.",
 }
-ASK_DIAL = ("Where is the dial at the end?", "Tell me where the dial ends.", "Say where the dial ends.")
+ASK_DIAL = (
+    "Where is the dial at the end?",
+    "Tell me where the dial ends.",
+    "Say where the dial ends.",
+    "I want to know where the dial ends.",
+    "What place has the dial at the end?",
+    "Find the end of the dial.",
+)
+# Sentences of no use to a question, between the turns and what is asked.
+ASIDES = ("Please think.", "I ask you.", "Do you know this?", "Please tell me this.", "This is a dial.")
 # Hops, the last of which is the fact itself, and turns of the dial.
-SIZES: Mapping[str, Sequence[int]] = {HOPS: (2, 3), DIAL: (len(TURNS),)}
+SIZES: Mapping[str, Sequence[int]] = {HOPS: (2, 3), DIAL: (5, 6, 7, 8, 9)}
+# Asked, and in no text of training.
+UNSEEN_SIZES: Mapping[str, Sequence[int]] = {HOPS: (), DIAL: (4, 12)}
 
 # The facts of each animal, or its friend and neighbour, by name.
 ToldFacts = Mapping[str, Mapping[str, str]]
@@ -149,23 +163,23 @@ def hops_problem(facts: ToldFacts, relations: ToldFacts, rng: random.Random, hop
     )
 
 
-def dial_problem(rng: random.Random) -> Problem:
-    """Return a question about a dial with six turns."""
-    first, *turns = (rng.randrange(NUMBERS_OF_DIAL) for _ in range(1 + len(TURNS)))
-    turned = list(zip(TURNS, turns, strict=True))
-    shows, steps = first, [f"{first}."]
+def dial_problem(rng: random.Random, size: int) -> Problem:
+    """Return a question about a dial with `size` turns."""
+    shows = first = rng.randrange(NUMBERS_OF_DIAL)
+    turned = [(name, rng.randrange(NUMBERS_OF_DIAL)) for name in rng.sample(TURNS, size)]
+    steps = [f"{first}."]
     for name, by in turned:
-        before, shows = shows, (shows + by) % NUMBERS_OF_DIAL
-        steps.append(f"{name} {by} {before} {shows}.")
-    # As many tokens for a turn as for a step of the thought, and nothing behind them.
-    instructions = " ".join(f"Turn {name} by {by}." for name, by in turned)
+        shows = (shows + by) % NUMBERS_OF_DIAL
+        steps.append(f"{name} {by} {shows}.")
+    told = f"The dial is at {first}. Turn it by {', '.join(f'{name} {by}' for name, by in turned)}, {STOP}."
+    asides = rng.sample(ASIDES, rng.randint(0, len(ASIDES)))
     others = tuple(str(number) for number in range(NUMBERS_OF_DIAL) if number != shows)
     return Problem(
         family=DIAL,
-        size=len(TURNS),
+        size=size,
         key=f"dial {first} {' '.join(str(by) for _, by in turned)}",
-        question=f"{rng.choice(ASK_DIAL)} It is at {first}. {instructions}",
-        steps=tuple(steps),
+        question=" ".join([told, *asides, rng.choice(ASK_DIAL)]),
+        steps=(*steps, f"{STOP}."),
         gold=GoldAnswer("answer", (f"At {shows}.",), (str(shows),), others),
     )
 
@@ -185,7 +199,7 @@ def draw_problem(
     """
     while True:
         size = rng.choice(sizes or SIZES[family])
-        problem = hops_problem(facts, relations, rng, size) if family == HOPS else dial_problem(rng)
+        problem = hops_problem(facts, relations, rng, size) if family == HOPS else dial_problem(rng, size)
         if part_of(family, problem.key) == part:
             return problem
 
@@ -195,8 +209,8 @@ def draw_problem(
 # Check the steps of a thought against the question and the world, each from the result of the step before it.
 
 
-FIRST, TURN = re.compile(r"It is at (\d)\."), re.compile(r"Turn (\w) by (\d)\.")
-TURNED = re.compile(r"(\w) (\d) (\d) (\d)")
+FIRST, TURN = re.compile(r"The dial is at (\d)\."), re.compile(r"\b([A-Z]) (\d)\b")
+TURNED = re.compile(r"(\w) (\d) (\d)")
 RELATED = re.compile(r"The (\w+) of the (\w+) is the (\w+)")
 
 
@@ -226,10 +240,10 @@ def _checked_dial(problem: Problem, sentences: list[str]) -> list[bool]:
     shows = sentences[0] if sentences else ""
     for sentence, turn in zip(sentences[1:], turns, strict=False):
         match = TURNED.fullmatch(sentence)
-        is_read = match is not None and match.groups()[:3] == (*turn, shows)
-        correct.append(is_read and int(match[4]) == (int(shows) + int(turn[1])) % NUMBERS_OF_DIAL)
-        shows = match[4] if match else ""
-    return correct
+        is_read = match is not None and match.groups()[:2] == turn and shows.isdigit()
+        correct.append(is_read and int(match[3]) == (int(shows) + int(turn[1])) % NUMBERS_OF_DIAL)
+        shows = match[3] if match else ""
+    return correct + [sentence == STOP for sentence in sentences[1 + len(turns) :][:1]]
 
 
 def _checked_hops(problem: Problem, sentences: list[str], facts: ToldFacts, relations: ToldFacts) -> list[bool]:

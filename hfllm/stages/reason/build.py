@@ -18,6 +18,7 @@ from hfllm.data.world.reasoning import (
     PRACTICE,
     SHOWN,
     SIZES,
+    UNSEEN_SIZES,
     Problem,
     checked_steps,
     draw_problem,
@@ -116,8 +117,11 @@ def _conversations(problems: Iterable[Problem], has_thoughts: Iterable[bool]) ->
 
 def course_report(course: Course, world: World, num_problems: int, seed: int) -> Found:
     """Ask all models held-out questions: after fine-tuning greedily, around PPO dials by samples. Judge answers."""
-    problems = held_out_problems(world, {HOPS: num_problems, DIAL: 3 * num_problems})
-    dials = held_out_problems(world, {DIAL: 6 * num_problems}, seed=1)
+    problems = [
+        *held_out_problems(world, {HOPS: num_problems, DIAL: 3 * num_problems // len(SIZES[DIAL])}),
+        *held_out_problems(world, {DIAL: num_problems}, sizes=UNSEEN_SIZES),
+    ]
+    dials = held_out_problems(world, {DIAL: 6 * num_problems // len(SIZES[DIAL])}, seed=1)
     tuned, sampled = {}, {}
     for name in course.models:
         speaking = load_speaking(NamedModel(course.folder(name), settings={"dtype": "float32"}))
@@ -167,25 +171,33 @@ class ProblemAnswer:
         return is_valid(self.steps)
 
 
-def held_out_problems(world: World, per_size: Mapping[str, int], seed: int = 0) -> list[Problem]:
+def held_out_problems(
+    world: World, per_size: Mapping[str, int], seed: int = 0, sizes: Mapping[str, Sequence[int]] = SIZES
+) -> list[Problem]:
     """Return different problems excluded from training: up to a given number of each size.
 
     There are only few questions of hops, thus the result may have fewer of them.
 
     Args:
         per_size: their number, by family; other families are left out.
+        sizes: the sizes of each family, by default those of training.
     """
     rng, result = random.Random(f"reasoning-evaluation-{world.seed}-{seed}"), []
     for family, count in per_size.items():
-        for size in SIZES[family]:
+        for size in sizes[family]:
             draw = partial(draw_problem, world.facts, world.relations, rng, family, HELD_OUT, (size,))
             result += draw_distinct(draw, attrgetter("key"), count)
     return result
 
 
 def is_dial(problem: Problem) -> bool:
-    """Return whether a problem is one of the dial."""
-    return problem.family == DIAL
+    """Return whether a problem is one of the dial, with as many turns as in training."""
+    return problem.family == DIAL and problem.size in SIZES[DIAL]
+
+
+def has_unseen_size(problem: Problem, size: int) -> bool:
+    """Return whether a problem is one of the dial with `size` turns, more or fewer than in training."""
+    return problem.family == DIAL and problem.size == size
 
 
 def is_hops(problem: Problem) -> bool:
@@ -250,10 +262,15 @@ TITLES = {
     RL: "PPO on right answers",
     SHUFFLED: "PPO, rewards by chance",
 }
-GROUPS: Mapping[str, Callable[[Problem], bool]] = {"hops": is_hops, "dial": is_dial}
+GROUPS: Mapping[str, Callable[[Problem], bool]] = {
+    "hops": is_hops,
+    "dial": is_dial,
+    **{f"dial_{size}": partial(has_unseen_size, size=size) for size in UNSEEN_SIZES[DIAL]},
+}
 GROUP_TITLES = {
     "hops": "facts of two and three hops",
-    "dial": "dials of six turns",
+    "dial": f"dials of {SIZES[DIAL][0]} to {SIZES[DIAL][-1]} turns",
+    **{f"dial_{size}": f"dials of {size} turns, as none in training" for size in UNSEEN_SIZES[DIAL]},
     "right": "right answers",
     "thinks": "answers with a thought",
     "valid": "right answers whose thought is valid",
@@ -330,8 +347,8 @@ def tables(tuned: Answers, sampled: Answers) -> dict[str, list[dict[str, str]]]:
 def _by_size(answers: Answers) -> list[dict[str, str]]:
     """Return a row for each number of hops and turns: the models' shares of right answers."""
     rows = []
-    for family, sizes in SIZES.items():
-        for size in sizes:
+    for family in SIZES:
+        for size in sorted((*SIZES[family], *UNSEEN_SIZES[family])):
             of_size = {
                 model: [float(each.is_right) for each in model_answers if each.problem.group == f"{family}_{size}"]
                 for model, model_answers in answers.items()
@@ -403,10 +420,10 @@ def _steps(answers: Answers) -> Plot:
     lines = {}
     for model, model_answers in answers.items():
         thoughts = [each.steps for each in model_answers if is_dial(each.problem) and each.thinks]
-        # The initial number of the dial comes first, then one step per turn.
-        indices = range(1 + max(SIZES[DIAL])) if thoughts else range(0)
-        shares = [sum(steps[index] for steps in thoughts) / len(thoughts) for index in indices]
-        lines[TITLES[model]] = (list(indices), shares)
+        # The initial number of the dial comes first, then one step per turn: of dials with so many turns.
+        at = [[steps[index] for steps in thoughts if len(steps) > index] for index in range(1 + max(SIZES[DIAL]))]
+        shares = {index: sum(held) / len(held) for index, held in enumerate(at) if held}
+        lines[TITLES[model]] = (list(shares), list(shares.values()))
     return Plot("Thoughts about held-out dials, greedy answers", "step", "share that holds", lines)
 
 

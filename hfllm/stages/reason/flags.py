@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 PRETRAIN, THOUGHTS, DIRECT, MIXED, RL, SHUFFLED = ("pretrain", "thoughts", "direct", "mixed", "rl", "shuffled")
 # Controls, expected not to gain: fine-tuning on answers only, PPO on uninformative rewards.
 CONTROLS = (DIRECT, SHUFFLED)
-# The longest answer in tokens: a thought about a dial takes 34; growth beyond this has to be visible.
-RESPONSE_LENGTH = 64
+# The longest answer in tokens: a thought about a dial of twelve turns takes 53; growth beyond this has to be visible.
+RESPONSE_LENGTH = 80
 # The smallest number of rows with a remaining held-out one.
 FEWEST_ROWS = 10
 
@@ -87,7 +87,8 @@ class ReasonArguments(RowArguments, RemoteCodeArguments):
     )
     num_problems: int = flag(
         100,
-        "Held-out questions of each number of hops, at most; of the dial three times as many.",
+        "Held-out questions of each number of hops, and of turns unlike in training, at most; of other dials three "
+        "times as many.",
         takes=at_least(1),
         never=NOT_WORLDS,
         group=WORLD_GROUP,
@@ -117,7 +118,7 @@ class Course(pipeline.Course):
     """The runs of the recipe."""
 
     stage = "reason"
-    minutes = {PRETRAIN: 1.2, THOUGHTS: 0.4, DIRECT: 0.3, MIXED: 0.2, RL: 0.4, SHUFFLED: 0.4}
+    minutes = {PRETRAIN: 2.5, THOUGHTS: 0.6, DIRECT: 0.5, MIXED: 0.3, RL: 0.5, SHUFFLED: 0.5}
 
     @property
     def models(self) -> list[str]:
