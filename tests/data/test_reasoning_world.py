@@ -13,6 +13,8 @@ from hfllm.data.world.reasoning import (
     FAMILIES,
     HELD_OUT,
     HOPS,
+    NEW_ASK_DIAL,
+    NEW_WORDINGS,
     NUMBERS_OF_DIAL,
     PARTS,
     PRACTICE,
@@ -84,6 +86,20 @@ def test_answers_are_right_by_reading_the_question_alone(world):
         # To name the animal in the answer would be a thought, where it is not who was asked for.
         named = set(words_of(problem.gold.accepted[0])) & set(ANIMALS)
         assert not named or problem.key.split()[1] == WHO
+
+
+def test_new_wordings_are_in_no_text_and_ask_the_same(world):
+    said = "\n".join(world.documents(4000, 5, reasoning=0.7))
+    rng, asked = random.Random(4), set()
+    for family in FAMILIES * 100:
+        problem = draw_problem(world.facts, world.relations, rng, family, HELD_OUT, new_wording=True)
+        assert problem.is_new_wording and checked(world, problem, problem.thought) == [True] * len(problem.steps)
+        chain = r"(?:(?:friend|neighbour) of the )+\w+"
+        asked.add(re.sub(chain, "{x}", re.split(r"[.?] ", problem.question)[-1]))
+    assert len(asked) == len(NEW_ASK_DIAL) + sum(map(len, NEW_WORDINGS.values()))
+    begun = [each.partition("{x}")[0] for each in asked]
+    assert not any(re.search(re.escape(each) + chain, said) for each in begun if len(each) > 4)
+    assert not any(each in said for each in NEW_ASK_DIAL)
 
 
 @pytest.mark.slow

@@ -59,6 +59,12 @@ ASK_DIAL = (
     "What place has the dial at the end?",
     "Find the end of the dial.",
 )
+# In no text of training.
+NEW_ASK_DIAL = ("Do you know where the dial ends?", "Please name the end of the dial.")
+NEW_WORDINGS = {
+    **{attribute: PHRASINGS[attribute][-HELD_OUT_PHRASINGS:] for attribute in ATTRIBUTES},
+    WHO: ["Do you know who the {x} is?", "Please say who the {x} is."],
+}
 # Sentences of no use to a question, between the turns and what is asked.
 ASIDES = ("Please think.", "I ask you.", "Do you know this?", "Please tell me this.", "This is a dial.")
 # Hops, the last of which is the fact itself, and turns of the dial.
@@ -81,6 +87,7 @@ class Problem:
         question: the question.
         steps: the sentences of the thought, in order.
         gold: the gold answer for the rubric; `gold.accepted[0]` is the model answer.
+        is_new_wording: whether training never sees the wording.
     """
 
     family: str
@@ -89,6 +96,7 @@ class Problem:
     question: str
     steps: tuple[str, ...]
     gold: GoldAnswer
+    is_new_wording: bool = False
 
     @property
     def group(self) -> str:
@@ -140,7 +148,9 @@ def tell_relation(relation: str, animal: str, other: str) -> str:
     return f"The {relation} of the {animal} is the {other}."
 
 
-def hops_problem(facts: ToldFacts, relations: ToldFacts, rng: random.Random, hops: int) -> Problem:
+def hops_problem(
+    facts: ToldFacts, relations: ToldFacts, rng: random.Random, hops: int, new_wording: bool = False
+) -> Problem:
     """Return a question about an animal, or a fact about one, at a distance of `hops` hops."""
     animal, what = rng.choice(ANIMALS), rng.choices(list(ASKED), list(ASKED.values()))[0]
     subject, steps = animal, []
@@ -157,13 +167,14 @@ def hops_problem(facts: ToldFacts, relations: ToldFacts, rng: random.Random, hop
         family=HOPS,
         size=hops,
         key=f"hops {what} {subject}",
-        question=rng.choice(WORDINGS[what]).format(x=subject),
+        question=rng.choice((NEW_WORDINGS if new_wording else WORDINGS)[what]).format(x=subject),
         steps=tuple(steps),
         gold=GoldAnswer("answer", (ANSWERS[what].format(value=value),), (value,), others),
+        is_new_wording=new_wording,
     )
 
 
-def dial_problem(rng: random.Random, size: int) -> Problem:
+def dial_problem(rng: random.Random, size: int, new_wording: bool = False) -> Problem:
     """Return a question about a dial with `size` turns."""
     shows = first = rng.randrange(NUMBERS_OF_DIAL)
     turned = [(name, rng.randrange(NUMBERS_OF_DIAL)) for name in rng.sample(TURNS, size)]
@@ -178,9 +189,10 @@ def dial_problem(rng: random.Random, size: int) -> Problem:
         family=DIAL,
         size=size,
         key=f"dial {first} {' '.join(str(by) for _, by in turned)}",
-        question=" ".join([told, *asides, rng.choice(ASK_DIAL)]),
+        question=" ".join([told, *asides, rng.choice(NEW_ASK_DIAL if new_wording else ASK_DIAL)]),
         steps=(*steps, f"{STOP}."),
         gold=GoldAnswer("answer", (f"At {shows}.",), (str(shows),), others),
+        is_new_wording=new_wording,
     )
 
 
@@ -191,15 +203,20 @@ def draw_problem(
     family: str,
     part: str,
     sizes: Sequence[int] | None = None,
+    new_wording: bool = False,
 ) -> Problem:
     """Return a problem of a family and a part.
 
     Args:
         sizes: the sizes to draw from, by default all of the family's.
+        new_wording: ask in words unseen in training.
     """
     while True:
         size = rng.choice(sizes or SIZES[family])
-        problem = hops_problem(facts, relations, rng, size) if family == HOPS else dial_problem(rng, size)
+        if family == HOPS:
+            problem = hops_problem(facts, relations, rng, size, new_wording)
+        else:
+            problem = dial_problem(rng, size, new_wording)
         if part_of(family, problem.key) == part:
             return problem
 

@@ -120,6 +120,9 @@ def course_report(course: Course, world: World, num_problems: int, seed: int) ->
     problems = [
         *held_out_problems(world, {HOPS: num_problems, DIAL: 3 * num_problems // len(SIZES[DIAL])}),
         *held_out_problems(world, {DIAL: num_problems}, sizes=UNSEEN_SIZES),
+        *held_out_problems(
+            world, {HOPS: num_problems // 2, DIAL: num_problems // len(SIZES[DIAL])}, seed=2, new_wording=True
+        ),
     ]
     dials = held_out_problems(world, {DIAL: 6 * num_problems // len(SIZES[DIAL])}, seed=1)
     tuned, sampled = {}, {}
@@ -172,7 +175,11 @@ class ProblemAnswer:
 
 
 def held_out_problems(
-    world: World, per_size: Mapping[str, int], seed: int = 0, sizes: Mapping[str, Sequence[int]] = SIZES
+    world: World,
+    per_size: Mapping[str, int],
+    seed: int = 0,
+    sizes: Mapping[str, Sequence[int]] = SIZES,
+    new_wording: bool = False,
 ) -> list[Problem]:
     """Return different problems excluded from training: up to a given number of each size.
 
@@ -181,18 +188,19 @@ def held_out_problems(
     Args:
         per_size: their number, by family; other families are left out.
         sizes: the sizes of each family, by default those of training.
+        new_wording: ask in words unseen in training.
     """
     rng, result = random.Random(f"reasoning-evaluation-{world.seed}-{seed}"), []
     for family, count in per_size.items():
         for size in sizes[family]:
-            draw = partial(draw_problem, world.facts, world.relations, rng, family, HELD_OUT, (size,))
+            draw = partial(draw_problem, world.facts, world.relations, rng, family, HELD_OUT, (size,), new_wording)
             result += draw_distinct(draw, attrgetter("key"), count)
     return result
 
 
 def is_dial(problem: Problem) -> bool:
-    """Return whether a problem is one of the dial, with as many turns as in training."""
-    return problem.family == DIAL and problem.size in SIZES[DIAL]
+    """Return whether a problem is one of the dial, with as many turns and in such words as in training."""
+    return problem.family == DIAL and problem.size in SIZES[DIAL] and not problem.is_new_wording
 
 
 def has_unseen_size(problem: Problem, size: int) -> bool:
@@ -201,8 +209,13 @@ def has_unseen_size(problem: Problem, size: int) -> bool:
 
 
 def is_hops(problem: Problem) -> bool:
-    """Return whether a problem is one of hops."""
-    return problem.family == HOPS
+    """Return whether a problem is one of hops, in such words as in training."""
+    return problem.family == HOPS and not problem.is_new_wording
+
+
+def is_reworded(problem: Problem, family: str) -> bool:
+    """Return whether a problem is one of a family in words that training never sees."""
+    return problem.family == family and problem.is_new_wording
 
 
 def answer(
@@ -266,11 +279,13 @@ GROUPS: Mapping[str, Callable[[Problem], bool]] = {
     "hops": is_hops,
     "dial": is_dial,
     **{f"dial_{size}": partial(has_unseen_size, size=size) for size in UNSEEN_SIZES[DIAL]},
+    **{f"{family}_reworded": partial(is_reworded, family=family) for family in (HOPS, DIAL)},
 }
 GROUP_TITLES = {
     "hops": "facts of two and three hops",
     "dial": f"dials of {SIZES[DIAL][0]} to {SIZES[DIAL][-1]} turns",
     **{f"dial_{size}": f"dials of {size} turns, as none in training" for size in UNSEEN_SIZES[DIAL]},
+    **{"hops_reworded": "hops in new wordings", "dial_reworded": "dials in new wordings"},
     "right": "right answers",
     "thinks": "answers with a thought",
     "valid": "right answers whose thought is valid",
@@ -350,7 +365,11 @@ def _by_size(answers: Answers) -> list[dict[str, str]]:
     for family in SIZES:
         for size in sorted((*SIZES[family], *UNSEEN_SIZES[family])):
             of_size = {
-                model: [float(each.is_right) for each in model_answers if each.problem.group == f"{family}_{size}"]
+                model: [
+                    float(each.is_right)
+                    for each in model_answers
+                    if each.problem.group == f"{family}_{size}" and not each.problem.is_new_wording
+                ]
                 for model, model_answers in answers.items()
             }
             counted = next(iter(of_size.values()))
