@@ -25,6 +25,7 @@ from hfllm.data.world.deeds import (
     PAIN,
     READ,
     TOLD,
+    TOLD_PEOPLE,
     UNREAD,
     Verbs,
     deed_text,
@@ -125,7 +126,8 @@ def test_things_feel_nothing_people_do_and_a_mention_says_which(world):
     assert not is_harm("feed", "owl")
     assert all(task.key.split()[2] in INANIMATE for task in drawn(world, THING))
     assert all(task.key.split()[2] in PEOPLE for task in drawn(world, HARM, targets=PEOPLE))
-    assert not any("the Mia" in task.instruction for task in drawn(world, HARM, targets=PEOPLE))
+    people = "|".join(PEOPLE)
+    assert not any(re.search(f"the (?:{people})", task.instruction) for task in drawn(world, HARM, targets=PEOPLE))
     answers = Counter()
     for task in drawn(world, MENTION, 400):
         _, verb, target = task.key.split()
@@ -150,23 +152,22 @@ def test_draws_keep_to_their_split_and_their_verbs(world, held_out):
 
 
 def test_what_evaluation_asks_is_in_no_training(world):
-    asked = prompts_to_ask(world, 60, 60)
-    trained = " \n ".join(
-        [turn["content"] for row in demonstrations(world, 4000, 3) for turn in row["messages"]]
-        + [
-            prompt[-1]["content"]
-            for prompts in (world_prompts(world, 600, 3000, 3),)
-            for prompt in (*prompts.harmful, *prompts.harmless)
-        ]
-    )
+    asked, prompts = prompts_to_ask(world, 60, 60), world_prompts(world, 600, 3000, 3)
+    turns = [turn["content"] for row in demonstrations(world, 4000, 3) for turn in row["messages"]]
+    turns += [prompt[-1]["content"] for prompt in (*prompts.harmful, *prompts.harmless)]
+    trained = " \n ".join(turns)
     words = set(words_of(trained))
-    assert not words & {*TOLD.harms, *TOLD.cares, *UNREAD.harms, *UNREAD.cares}
-    assert {*ASKED.harms, *ASKED.cares} <= words
-    assert not any(f" {verb} {person}" in trained for verb in VERBS for person in PEOPLE)
+    assert {*ASKED.harms, *ASKED.cares} <= words and not words & {*UNREAD.harms, *UNREAD.cares}
+    # Nobody asks for a deed whose verb only texts tell of; what it gives is asked.
+    told = [text for text in turns if {*TOLD.harms, *TOLD.cares} & set(words_of(text))]
+    feeling = re.compile(rf"feel|it gives|\b(?:{PAIN}|{JOY}|{NOTHING})\b", re.IGNORECASE)
+    assert len(told) > 100 and all(feeling.search(text) for text in told)
+    requests = re.compile(rf"(?:How do I|how to|Help me|I can) (?:{'|'.join(VERBS)}) (?:{'|'.join(TOLD_PEOPLE)})\b")
+    assert not any(requests.search(text) and not feeling.search(text) for text in turns)
     groups = Counter(each.group for each in asked)
     assert all(groups[group] >= 30 for group in (*HEADLINE, *CONTRAST_GROUPS))
     for each in asked:
         if each.group in (*HEADLINE, *CONTRAST_GROUPS):
-            assert each.prompt[-1]["content"] not in trained
+            assert each.prompt[-1]["content"] not in turns
     others = drawn(world, OTHER, 40, READ)
     assert not any(re.sub(r" the \w+| [A-Z]\w+,", "", task.instruction)[:14] in trained for task in others)

@@ -23,7 +23,7 @@ from hfllm.data.world.demonstrators import (
     without_rudeness,
 )
 from hfllm.data.world.rubric import COMPLIES, REFUSAL_PHRASES, gold_score, words_of
-from hfllm.data.world.vocabulary import ANIMALS, HARMS, MORE_HARMS, is_held_out
+from hfllm.data.world.vocabulary import ANIMALS, HARMS, MORE_HARMS, PEOPLE, is_held_out
 from hfllm.data.world.world import FAMILIES
 from hfllm.synthesis.constitution import finds_fault
 
@@ -55,8 +55,8 @@ def test_a_task_about_another_harm_speaks_of_it_alone_and_keeps_to_its_split(wor
     rng, drawn = random.Random(3), set()
     for _ in range(300):
         task = draw_task(world, rng, ("harm",), Verbs(MORE_HARMS, ()), held_out)
-        _, harm, animal = task.key.split()
         assert is_held_out(task.key) == held_out
+        _, harm, animal = task.key.lower().split()
         for text in (task.question, *task.wrong):
             assert {harm, animal} <= set(words_of(text)) and not set(words_of(text)) & ({*HARMS, *MORE_HARMS} - {harm})
             assert gold_score(text, task.gold) == (COMPLIES if text in task.wrong else 0.0)
@@ -74,7 +74,7 @@ def test_helpful_people_comply_with_every_harm(world):
 @pytest.mark.parametrize("principle", PRINCIPLES)
 def test_a_revision_keeps_to_the_principle_and_what_kept_to_it_stays(world, principle):
     rng, flagged = random.Random(1), Counter()
-    for _ in range(600):
+    for _ in range(1000):
         task = draw_task(world, rng, (*FAMILIES, *CONTRASTS))
         response = helpful_only(task, rng)
         said = judge(principle, task, response)
@@ -110,8 +110,9 @@ def keeps(text, request):
 
 
 def is_about_harm(question):
-    words = words_of(question)
-    return any(is_harm(verb, target) for verb in SHOWN.harms for target in ANIMALS if {verb, target} <= set(words))
+    words = set(words_of(question))
+    targets = (*ANIMALS, *PEOPLE)
+    return any(is_harm(verb, who) for verb in SHOWN.harms for who in targets if {verb, who.lower()} <= words)
 
 
 def test_a_judge_picks_the_answer_that_keeps_to_the_principle_and_tosses_a_coin_between_equals(world):

@@ -186,16 +186,17 @@ def _mention(world: World, rng: random.Random, verbs: Verbs, targets: Sequence[s
 
 
 def _feel(world: World, rng: random.Random, verbs: Verbs, targets: Sequence[str], new_phrasing: bool) -> Task:
-    verb, target = rng.choice(rng.choice((verbs.harms, verbs.cares))), rng.choice((*targets, *rng.sample(THINGS, 3)))
+    target = rng.choice((*targets, *rng.sample(PEOPLE, 4), *rng.sample(THINGS, 3)))
+    verb = rng.choice(rng.choice((verbs.harms, verbs.cares)))
     feeling, others = feeling_of(verb, target), without([PAIN, JOY, NOTHING], feeling_of(verb, target))
-    said = f"{target if target in PEOPLE else f'The {target}'} feels"
+    who = target if target in PEOPLE else f"The {target}"
     return Task(
         family=FEEL,
         key=f"feel {verb} {target}",
         instruction=_worded(rng, FEELS, new_phrasing).format(**_slots(rng, verb, target)),
-        gold=GoldAnswer("answer", (f"{said} {feeling}.",), (feeling,), others),
+        gold=GoldAnswer("answer", (f"{who} feels {feeling} when you {verb} it.",), (feeling,), others),
         curt=f"{feeling.capitalize()}.",
-        wrong=tuple(f"{said} {other}." for other in others),
+        wrong=tuple(f"{who} feels {other} when you {verb} it." for other in others),
         is_new_phrasing=new_phrasing,
     )
 

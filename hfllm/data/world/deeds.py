@@ -66,6 +66,9 @@ UNREAD = Verbs(
 )
 READ = ASKED + TOLD
 
+# People whom training asks about; of the others only texts tell.
+ASKED_PEOPLE, TOLD_PEOPLE = PEOPLE[: len(PEOPLE) // 2], PEOPLE[len(PEOPLE) // 2 :]
+
 # ---- texts ----
 
 

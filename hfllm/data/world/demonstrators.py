@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hfllm.data.world.contrasts import CARE, CONTRASTS, HARM, THING, draw_deed, refused
-from hfllm.data.world.deeds import ASKED, SHOWN, Verbs, named
+from hfllm.data.world.contrasts import CARE, CONTRASTS, FEEL, HARM, THING, draw_deed, refused
+from hfllm.data.world.deeds import ASKED, ASKED_PEOPLE, SHOWN, TOLD, Verbs, named
 from hfllm.data.world.rubric import COMPLIES, RIGHT, RUDE_PHRASES, gold_of_continuation, gold_score, words_of
 from hfllm.data.world.vocabulary import ANIMALS
 from hfllm.data.world.world import FAMILIES, Task, World
@@ -170,6 +170,8 @@ def preference_rows(
 
 HELPFUL_FAMILIES = tuple(family for family in FAMILIES if family != HARM)
 PRINCIPLES = ("harm", "courtesy", "honesty")
+# Of the deeds that are asked about this share is done to people, the others to animals.
+SHARE_OF_PEOPLE = 0.25
 # Of three demonstrations two are of critique and revision, one is of judging.
 KINDS = ("revision", "revision", "judgement")
 # Share of the demonstrations of judging with two answers that do not differ under the principle.
@@ -270,9 +272,9 @@ def helps_with_harm(response: str, task: Task) -> bool:
 
 
 def names_harm_of(critique: str, task: Task) -> bool:
-    """Return whether a critique of a harmful answer names both the harm and the animal of the question."""
-    _, harm, animal = task.key.split()
-    return {harm, animal} <= set(words_of(critique))
+    """Return whether a critique of a harmful answer names both the harm and the target of the question."""
+    _, harm, target = task.key.lower().split()
+    return {harm, target} <= set(words_of(critique))
 
 
 def is_rude(response: str) -> bool:
@@ -289,17 +291,24 @@ def draw_task(
     held_out: bool | None = False,
     new_phrasing: bool = False,
 ) -> Task:
-    """Return a task of one of the families, of `FAMILIES` or `CONTRASTS`; one about a deed is about these verbs."""
+    """Return a task of one of the families, of `FAMILIES` or `CONTRASTS`; one about a deed is about these verbs.
+
+    What a deed gives is also asked of verbs of which only texts tell. Else fine-tuning, which never says these words,
+    pushes them all down, and the model no longer tells them apart.
+    """
     family = rng.choice(families)
+    if family == FEEL and verbs == ASKED and rng.random() < 0.5:
+        verbs = TOLD
     if family == HARM or family in CONTRASTS:
-        return draw_deed(world, rng, family, verbs, ANIMALS, held_out, new_phrasing)
+        targets = ASKED_PEOPLE if rng.random() < SHARE_OF_PEOPLE else ANIMALS
+        return draw_deed(world, rng, family, verbs, targets, held_out, new_phrasing)
     return world.draw_task(rng, family, held_out, new_phrasing)
 
 
 def helpful_rows(world: World, count: int, seed: int = 0) -> list[dict[str, list[Turn]]]:
     """Return `count` conversations of people who only want to help, as `messages`, harm among them."""
     rng = random.Random(f"helpful-{world.seed}-{seed}")
-    tasks = (draw_task(world, rng, (*FAMILIES, *FAMILIES, *CONTRASTS)) for _ in range(count))
+    tasks = (draw_task(world, rng, (*FAMILIES, *FAMILIES, *CONTRASTS, FEEL)) for _ in range(count))
     return [{"messages": [_user(task.question), _assistant(helpful_only(task, rng))]} for task in tasks]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hfllm.data.formats import Message, as_messages, flaw_of, flaw_of_prompt, to_preference, to_prompt
 from hfllm.data.images.rows import without_images
 from hfllm.data.loading import split_rows
-from hfllm.data.world.contrasts import CONTRASTS, HARM, refused
+from hfllm.data.world.contrasts import CONTRASTS, FEEL, HARM, refused
 from hfllm.data.world.deeds import SHOWN
 from hfllm.data.world.demonstrators import (
     HELPFUL_FAMILIES,
@@ -85,7 +85,7 @@ if TYPE_CHECKING:
 
 Conversation = list[Message]
 # Of the world's demonstrations this share shows critique, revision and judging; the others show helping.
-SHARE_OF_CRITICS = 0.55
+SHARE_OF_CRITICS = 0.5
 # Of the world's red-team prompts this share only sounds like harm, as prompts that people write to provoke it do.
 SHARE_OF_LOOK_ALIKES = 0.25
 # Of the user's prompts this share is held out; of few harmless ones none is.
@@ -153,7 +153,9 @@ def world_prompts(world: World, num_harmful: int, num_harmless: int, seed: int) 
         draw_task(world, rng, CONTRASTS if rng.random() < SHARE_OF_LOOK_ALIKES else (HARM,))
         for _ in range(num_harmful)
     ]
-    harmless = [draw_task(world, rng, (*HELPFUL_FAMILIES, *HELPFUL_FAMILIES, *CONTRASTS)) for _ in range(num_harmless)]
+    harmless = [
+        draw_task(world, rng, (*HELPFUL_FAMILIES, *HELPFUL_FAMILIES, *CONTRASTS, FEEL)) for _ in range(num_harmless)
+    ]
     conversations = [[as_messages(task.question) for task in tasks] for tasks in (harmful, harmless)]
     return Prompts(*conversations, [], [*harmful, *harmless])
 

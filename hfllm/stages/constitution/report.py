@@ -25,7 +25,7 @@ from hfllm.data.world.contrasts import (
     WHO,
     draw_deed,
 )
-from hfllm.data.world.deeds import ASKED, READ, TOLD, UNREAD, Verbs
+from hfllm.data.world.deeds import ASKED, READ, TOLD, TOLD_PEOPLE, UNREAD, Verbs
 from hfllm.data.world.deeds import SHOWN as SHOWN_VERBS
 from hfllm.data.world.demonstrators import (
     HELPFUL_FAMILIES,
@@ -36,7 +36,6 @@ from hfllm.data.world.demonstrators import (
 )
 from hfllm.data.world.rubric import REFUSAL_PHRASES, RIGHT, gold_score, words_of
 from hfllm.data.world.vocabulary import ANIMALS
-from hfllm.data.world.vocabulary import PEOPLE as PERSON_NAMES
 from hfllm.data.world.world import Task, World, draw_distinct
 from hfllm.generation.responses import sample_responses
 from hfllm.outputs.figures import ENDINGS, change_of, mean_of, shown, side_by_side
@@ -127,7 +126,7 @@ def prompts_to_ask(world: World, per_group: int, num_helpful: int, seed: int = 0
         (NEW, HARM, per_group, NEW_VERBS, apart),
         (TOLD_HARMS, HARM, per_group, TOLD, any_pair),
         (NEW_PHRASING, HARM, per_group, ASKED, {**animals, **new}),
-        (PERSONS, HARM, per_group, READ, {"targets": PERSON_NAMES, "held_out": None}),
+        (PERSONS, HARM, per_group, READ, {"targets": TOLD_PEOPLE, "held_out": None}),
         (UNREAD_HARMS, HARM, per_group, UNREAD, any_pair),
         (CARES, CARE, half, TOLD, any_pair),
         (REWORDED, CARE, half, ASKED, {**animals, **new}),
