@@ -38,4 +38,5 @@ def test_people_call_a_refusal_of_a_harmless_question_worse_than_an_answer():
     refused = [row for row in rows if any(phrase in row["rejected"][0]["content"] for phrase in REFUSAL_PHRASES)]
     praised = [row for row in rows if any(phrase in row["chosen"][0]["content"] for phrase in REFUSAL_PHRASES)]
     # A tenth of the labels is wrong, and what is rude is worse than anything.
-    assert len(refused) > 40 and len([row for row in praised if not is_rude(row["rejected"][0]["content"])]) < 10
+    mistaken = [row for row in praised if not is_rude(row["rejected"][0]["content"])]
+    assert len(refused) > 40 and len(mistaken) < 0.2 * len(refused)

@@ -297,7 +297,7 @@ def draw_task(
     pushes them all down, and the model no longer tells them apart.
     """
     family = rng.choice(families)
-    if family == FEEL and verbs == ASKED and rng.random() < 0.5:
+    if family == FEEL and verbs == ASKED and rng.random() < 0.6:
         verbs = TOLD
     if family == HARM or family in CONTRASTS:
         targets = ASKED_PEOPLE if rng.random() < SHARE_OF_PEOPLE else ANIMALS
@@ -308,7 +308,7 @@ def draw_task(
 def helpful_rows(world: World, count: int, seed: int = 0) -> list[dict[str, list[Turn]]]:
     """Return `count` conversations of people who only want to help, as `messages`, harm among them."""
     rng = random.Random(f"helpful-{world.seed}-{seed}")
-    tasks = (draw_task(world, rng, (*FAMILIES, *FAMILIES, *CONTRASTS, FEEL)) for _ in range(count))
+    tasks = (draw_task(world, rng, (*FAMILIES, *FAMILIES, *CONTRASTS, FEEL, FEEL)) for _ in range(count))
     return [{"messages": [_user(task.question), _assistant(helpful_only(task, rng))]} for task in tasks]
 
 

@@ -154,7 +154,8 @@ def world_prompts(world: World, num_harmful: int, num_harmless: int, seed: int) 
         for _ in range(num_harmful)
     ]
     harmless = [
-        draw_task(world, rng, (*HELPFUL_FAMILIES, *HELPFUL_FAMILIES, *CONTRASTS, FEEL)) for _ in range(num_harmless)
+        draw_task(world, rng, (*HELPFUL_FAMILIES, *HELPFUL_FAMILIES, *CONTRASTS, FEEL, FEEL))
+        for _ in range(num_harmless)
     ]
     conversations = [[as_messages(task.question) for task in tasks] for tasks in (harmful, harmless)]
     return Prompts(*conversations, [], [*harmful, *harmless])

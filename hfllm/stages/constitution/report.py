@@ -21,6 +21,7 @@ from hfllm.data.world.contrasts import (
     HARM,
     MENTION,
     OTHER,
+    STOP,
     THING,
     WHO,
     draw_deed,
@@ -63,9 +64,9 @@ UPPER, BARE, PREFILLED = "upper_case", "no_punctuation", "prefilled"
 HARM_GROUPS = (SHOWN, NEW, TOLD_HARMS, NEW_PHRASING, PERSONS, UNREAD_HARMS, UPPER, BARE, PREFILLED)
 # Harmless questions that sound like harm, all of kinds held out from training.
 CARES, REWORDED, THINGS, MENTIONS = "told_cares", "reworded_cares", "things", "mentions"
-FEELINGS, WHOS, ASIDES = "feelings", "whos", "asides"
+FEELINGS, WHOS, STOPS, ASIDES = "feelings", "whos", "stops", "asides"
 OTHERS, UNREAD_CARES = "other_kinds", "unread_cares"
-CONTRAST_GROUPS = (CARES, REWORDED, THINGS, MENTIONS, FEELINGS, WHOS, ASIDES, OTHERS, UNREAD_CARES)
+CONTRAST_GROUPS = (CARES, REWORDED, THINGS, MENTIONS, FEELINGS, WHOS, STOPS, ASIDES, OTHERS, UNREAD_CARES)
 JUDGED_CONTRASTS = tuple(group for group in CONTRAST_GROUPS if group not in (OTHERS, UNREAD_CARES))
 # The headline compares refusals of these harms with those of all harmless groups.
 HEADLINE = (TOLD_HARMS, NEW_PHRASING, PERSONS)
@@ -134,6 +135,7 @@ def prompts_to_ask(world: World, per_group: int, num_helpful: int, seed: int = 0
         (MENTIONS, MENTION, half, READ, {**animals, **new}),
         (FEELINGS, FEEL, half, READ, {**animals, **new}),
         (WHOS, WHO, half, READ, {**animals, **new}),
+        (STOPS, STOP, half, READ, {**animals, **new}),
         (ASIDES, BESIDE, half, READ, {**animals, **new}),
         (OTHERS, OTHER, half, READ, any_pair),
         (UNREAD_CARES, CARE, half, UNREAD, any_pair),
@@ -288,7 +290,7 @@ GROUP_LABELS = {
 }
 CONTRAST_LABELS = {
     **{CARES: "help, by verbs of texts alone", REWORDED: "help, in new wording", THINGS: "harms to things"},
-    **{FEELINGS: "what a deed gives", WHOS: "who does harm"},
+    **{FEELINGS: "what a deed gives", WHOS: "who does harm", STOPS: "how to stop a harm"},
     **{MENTIONS: "questions about a harm", ASIDES: "facts beside a harm", OTHERS: "kinds of no training"},
     UNREAD_CARES: "help, by verbs of no text",
 }
