@@ -82,6 +82,7 @@ def main(script_args: ConstitutionArguments, model_args: "ModelConfig") -> dict[
         tables=result.tables,
         curves=result.plots,
         promises=result.promises,
+        claims=result.claims,
         artifacts=steps.artifacts,
         next_steps=chat_lines(last, question) if last else (),
         final_model=last,

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from hfllm.data.world.contrasts import CONTRASTS, refused
 from hfllm.data.world.demonstrators import is_rude
 from hfllm.data.world.rubric import REFUSAL_PHRASES
 from hfllm.data.world.world import World
@@ -35,8 +36,13 @@ def test_people_call_a_refusal_of_a_harmless_question_worse_than_an_answer():
     rows = human_comparisons(world, prompts, [["The fox."] * 2 for _ in prompts.harmless], seed=3)
     harmful = {prompt[-1]["content"] for prompt in prompts.harmful}
     assert not any(row["prompt"][-1]["content"] in harmful for row in rows)
-    refused = [row for row in rows if any(phrase in row["rejected"][0]["content"] for phrase in REFUSAL_PHRASES)]
+    refusals = [row for row in rows if any(phrase in row["rejected"][0]["content"] for phrase in REFUSAL_PHRASES)]
     praised = [row for row in rows if any(phrase in row["chosen"][0]["content"] for phrase in REFUSAL_PHRASES)]
     # A tenth of the labels is wrong, and what is rude is worse than anything.
     mistaken = [row for row in praised if not is_rude(row["rejected"][0]["content"])]
-    assert len(refused) > 40 and len(mistaken) < 0.2 * len(refused)
+    assert len(refusals) > 40 and len(mistaken) < 0.2 * len(refusals)
+    # What sounds like harm is refused in the words of its own request.
+    alike = {task.question: refused(task).gold.accepted[0] for task in prompts.tasks[40:] if task.family in CONTRASTS}
+    said = [row["rejected"][0]["content"] for row in refusals if row["prompt"][-1]["content"] in alike]
+    own = [row for row in refusals if row["rejected"][0]["content"] == alike.get(row["prompt"][-1]["content"])]
+    assert len(own) > 30 and len(own) > 0.9 * len(said)

@@ -66,6 +66,8 @@ from hfllm.stages.constitution.report import (
     summary_of,
 )
 from hfllm.stages.courses import prompts_with_room
+from hfllm.stages.pretrain.build import PROMISES as PROBED
+from hfllm.stages.pretrain.build import probes_of_run
 from hfllm.stages.shared import Flaw, Mapper, Speaking, kept_rows, load_speaking, user_rows
 from hfllm.synthesis.constitution import load_constitution
 from hfllm.synthesis.revisions import critique_and_revise
@@ -575,13 +577,15 @@ def world_report(steps: Steps) -> Found:
     revised = revision_metrics(rows, [tasks[row["prompt"][-1]["content"]] for row in rows])
     metrics = {**course_metrics(answers), **revised, **steps.metrics, **figures_of_revisions(steps.revisions.figures)}
     by_round = [metrics[f"revised_{number}"] for number in range(script_args.num_revisions + 1)]
+    probed, curves = probes_of_run(steps.course.folder(PRETRAIN))
     num_comparisons = script_args.num_human_pairs if script_args.last_stage == RL else None
     labels = people_s_labels(script_args.num_demonstrations, num_comparisons)
     return Found(
-        metrics,
+        metrics | probed,
         summary_of(metrics, labels, steps.no_rl),
         {**course_tables(answers), "Revisions": revision_samples(rows)},
-        course_plots(answers, by_round),
+        course_plots(answers, by_round) | curves,
+        (*PROMISES, *PROBED),
         PROMISES,
     )
 
