@@ -74,6 +74,7 @@ def main(script_args: ToolsArguments, model_args: "ModelConfig") -> dict[str, fl
         tables=result.tables,
         curves=result.plots,
         promises=result.promises,
+        claims=result.claims,
         artifacts={name: name for name in course.runs},
         too_wide=("Conversations",),
         next_steps=chat_lines(course.folder(RL), [{"role": "user", "content": "Hello!"}]),

@@ -226,11 +226,11 @@ def test_a_slip_counts_once_where_the_steps_after_it_follow_from_it(world):
     assert is_valid(checked(world, problem, " ".join([*told, "stop."])))
     hops = next(each for each in some(world) if each.family == HOPS and len(each.steps) == 3 and WHO not in each.key)
     first, second, _ = hops.steps
-    relation, animal = first.split()[1], first.split()[4]
+    animal, relation = first.split()[:2]
     wrong = next(each for each in ANIMALS if each not in (animal, world.relations[animal][relation]))
     following = world.relations[wrong][second.split()[1]]
     attribute = hops.key.split()[1]
-    said = f"{first.rpartition(' ')[0]} {wrong}. The {second.split()[1]} of the {wrong} is the {following}. "
+    said = f"{animal} {relation} {wrong}. {wrong} {second.split()[1]} {following}. "
     value = world.facts[following][attribute]
     said += {"colour": f"The {following} is {value}.", "food": f"The {following} eats {value}."}.get(
         attribute, f"The {following} lives in the {value}."

@@ -14,6 +14,7 @@ from hfllm.data.world.deeds import READ
 from hfllm.data.world.operations import (
     ADDING,
     CALLING,
+    CHAINING,
     COPYING,
     FEELING,
     OF_DEEDS,
@@ -84,6 +85,9 @@ def test_probed_places_hold_what_their_operation_gives(world, probes):
             assert len(turns) > 4
             assert said(probe) == [f" {number}" for number in (turns if name == READING else sums)]
             assert part_of(DIAL, f"dial {first} {' '.join(map(str, turns))}") == HELD_OUT
+    for probe in probes[CHAINING]:
+        asked = probe.text.split("<|end|>")[0]
+        assert said(probe) == [f" {each}" for each in re.findall(rf"{'|'.join(RELATIONS)}", asked)[::-1]]
     for probe in probes[RECALLING]:
         thought = re.search(r"<think> (.*)</think>", probe.text)[1]
         assert said(probe) == [f" {step.split()[-1]}" for step in thought.removesuffix(".").split(". ")]

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from hfllm.data.tokenizer import CONVERSATION
 from hfllm.data.world.deeds import NOTHING, draw_pair, feeling_asked, feeling_of
-from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, Problem, draw_problem
+from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, RELATIONS, Problem, draw_problem
 from hfllm.data.world.tool_documents import conversation, lookup_exchange, repeated_words, sum_exchange
 from hfllm.data.world.vocabulary import PEOPLE
 from hfllm.data.world.world import World
 
 # A piece of a text, and whether the operation predicts it.
 Piece = tuple[str, bool]
-READING, ADDING, RECALLING = THINKING = ("reading", "adding", "recalling")
+READING, ADDING, CHAINING, RECALLING = THINKING = ("reading", "adding", "chaining", "recalling")
 COPYING, CALLING, TELLING = WITH_TOOLS = ("copying", "calling", "telling")
 (FEELING,) = OF_DEEDS = ("feeling",)
 OPERATIONS = (*THINKING, *WITH_TOOLS, *OF_DEEDS)
@@ -28,6 +28,7 @@ TITLES = {
     TELLING: "results of tools said",
     READING: "turns of a dial read",
     ADDING: "sums of a dial",
+    CHAINING: "hops in their order",
     RECALLING: "friends and neighbours recalled",
     FEELING: "what deeds give to whom",
 }
@@ -55,7 +56,7 @@ def probes_of(world: World, shares: Mapping[str, float], count: int, seed: int =
     """
     makers: dict[str, Callable[[World, random.Random], Iterable[Piece]]] = {}
     if shares.get("reasoning", 0):
-        makers |= {READING: _reading, ADDING: _adding, RECALLING: _recalling}
+        makers |= {READING: _reading, ADDING: _adding, CHAINING: _chaining, RECALLING: _recalling}
     if shares.get("tools", 0):
         makers |= {COPYING: _copying, CALLING: _calling, TELLING: _telling}
     if shares.get("deeds", 0):
@@ -84,6 +85,12 @@ def _adding(world: World, rng: random.Random) -> Iterable[Piece]:
     """Yield a thought about a dial; where it is after each turn is a sum."""
     problem = draw_problem(world.facts, world.relations, rng, DIAL, HELD_OUT)
     return _thought(problem, lambda place, words: 2 if len(words) == 3 else None)
+
+
+def _chaining(world: World, rng: random.Random) -> Iterable[Piece]:
+    """Yield a thought about friends and neighbours; which of both a step is about is read from the question."""
+    problem = draw_problem(world.facts, world.relations, rng, HOPS, HELD_OUT)
+    return _thought(problem, lambda place, words: 1 if words[1] in RELATIONS else None)
 
 
 def _recalling(world: World, rng: random.Random) -> Iterable[Piece]:

@@ -4,7 +4,8 @@
     dial    a dial of eight numbers with several turns: sums modulo 8, one after the other
 
 Every step of a thought is small: it copies something from the question and from the step before, and looks something
-up (`K 4 7.`: turn K is by 4, and 4 from where the dial was, it is at 7).
+up (`K 4 7.`: turn K is by 4, and 4 from where the dial was, it is at 7; `fox friend owl.`: the fox has the owl as its
+friend).
 
 A step has to find its turn by name, at whatever distance: dials are learned with 5 to 9 turns and asked with 4 and
 with 12 too (`UNSEEN_SIZES`). What makes this learnable (an induction head: Olsson et al. 2022, arXiv:2209.11895) is
@@ -157,7 +158,7 @@ def hops_problem(
     for _ in range(hops if what == WHO else hops - 1):
         relation = rng.choice(RELATIONS)
         other = relations[animal][relation]
-        steps.append(tell_relation(relation, animal, other))
+        steps.append(f"{animal} {relation} {other}.")
         subject, animal = f"{relation} of the {subject}", other
     value = animal if what == WHO else facts[animal][what]
     if what != WHO:
@@ -228,7 +229,7 @@ def draw_problem(
 
 FIRST, TURN = re.compile(r"The dial is at (\d)\."), re.compile(r"\b([A-Z]) (\d)\b")
 TURNED = re.compile(r"(\w) (\d) (\d)")
-RELATED = re.compile(r"The (\w+) of the (\w+) is the (\w+)")
+RELATED = re.compile(r"(\w+) (\w+) (\w+)")
 
 
 def checked_steps(problem: Problem, thought: str, facts: ToldFacts, relations: ToldFacts) -> list[bool]:
@@ -270,7 +271,7 @@ def _checked_hops(problem: Problem, sentences: list[str], facts: ToldFacts, rela
     correct = []
     for sentence, relation in zip(sentences, path, strict=False):
         match = RELATED.fullmatch(sentence)
-        is_read = match is not None and match.groups()[:2] == (relation, animal)
+        is_read = match is not None and match.groups()[:2] == (animal, relation)
         correct.append(is_read and relations.get(animal, {}).get(relation) == match[3])
         animal = match[3] if match else ""
     # The animal has been named by then; its fact has not.
