@@ -217,13 +217,14 @@ def test_a_slip_counts_once_where_the_steps_after_it_follow_from_it(world):
     for place, (name, by) in enumerate(turns):
         shows = (shows + int(by) + (place == 1)) % NUMBERS_OF_DIAL
         steps.append(f"{name} {by} {shows}.")
-    steps.append("stop.")
+    steps.append(f"stop {shows}.")
     assert checked(world, problem, " ".join(steps)) == [place != 2 for place in range(len(steps))]
     # A thought that does not end where the turns do is not valid.
     told = [*problem.steps[:-1]]
-    for ends in ([], ["go."], ["Q 1 1."]):
+    end = problem.steps[-1].split()[1]
+    for ends in ([], ["stop."], [f"go {end}"], [f"stop {(int(end[0]) + 1) % NUMBERS_OF_DIAL}."]):
         assert not is_valid(checked(world, problem, " ".join([*told, *ends])))
-    assert is_valid(checked(world, problem, " ".join([*told, "stop."])))
+    assert is_valid(checked(world, problem, " ".join([*told, f"stop {end}"])))
     hops = next(each for each in some(world) if each.family == HOPS and len(each.steps) == 3 and WHO not in each.key)
     first, second, _ = hops.steps
     animal, relation = first.split()[:2]

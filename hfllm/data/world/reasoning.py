@@ -191,7 +191,8 @@ def dial_problem(rng: random.Random, size: int, new_wording: bool = False) -> Pr
         size=size,
         key=f"dial {first} {' '.join(str(by) for _, by in turned)}",
         question=" ".join([told, *asides, rng.choice(NEW_ASK_DIAL if new_wording else ASK_DIAL)]),
-        steps=(*steps, f"{STOP}."),
+        # Where the dial is at the end is said again, within four tokens of the answer.
+        steps=(*steps, f"{STOP} {shows}."),
         gold=GoldAnswer("answer", (f"At {shows}.",), (str(shows),), others),
         is_new_wording=new_wording,
     )
@@ -261,7 +262,7 @@ def _checked_dial(problem: Problem, sentences: list[str]) -> list[bool]:
         is_read = match is not None and match.groups()[:2] == turn and shows.isdigit()
         correct.append(is_read and int(match[3]) == (int(shows) + int(turn[1])) % NUMBERS_OF_DIAL)
         shows = match[3] if match else ""
-    return correct + [sentence == STOP for sentence in sentences[1 + len(turns) :][:1]]
+    return correct + [sentence == f"{STOP} {shows}" for sentence in sentences[1 + len(turns) :][:1]]
 
 
 def _checked_hops(problem: Problem, sentences: list[str], facts: ToldFacts, relations: ToldFacts) -> list[bool]:
