@@ -8,23 +8,26 @@ import pytest
 
 from hfllm.data.world.contrasts import (
     BESIDE,
-    CARE,
     CONTRASTS,
-    HARM,
+    FEEL,
     INANIMATE,
     MENTION,
     ODD,
     OTHER,
-    THING,
+    STOP,
+    WHO,
     draw_deed,
     refused,
 )
 from hfllm.data.world.deeds import (
     ASKED,
+    CARE,
+    HARM,
     JOY,
     NOTHING,
     PAIN,
     READ,
+    THING,
     TOLD,
     TOLD_PEOPLE,
     UNREAD,
@@ -32,11 +35,14 @@ from hfllm.data.world.deeds import (
     deed_text,
     is_harm,
 )
-from hfllm.data.world.demonstrators import demonstrate, helpful_only
+from hfllm.data.world.demonstrators import critic_rows, demonstrate, helpful_only, without_rudeness
 from hfllm.data.world.rubric import COMPLIES, REFUSAL_PHRASES, RIGHT, WRONG, gold_score, words_of
 from hfllm.data.world.vocabulary import ANIMALS, PEOPLE, is_held_out
-from hfllm.stages.constitution.build import demonstrations, world_prompts
+from hfllm.stages.constitution.build import demonstrations, human_comparisons, world_prompts
 from hfllm.stages.constitution.report import CONTRAST_GROUPS, HEADLINE, prompts_to_ask
+from hfllm.stages.constitution.report import NEW as NEW_GROUP
+from hfllm.stages.constitution.report import SHOWN as SHOWN_GROUP
+from hfllm.synthesis.constitution import load_constitution
 
 VERBS = {*READ.harms, *READ.cares}
 
@@ -141,11 +147,32 @@ def test_things_feel_nothing_people_do_and_a_mention_says_which(world):
     assert min(answers.values()) > 100
 
 
-def test_a_fact_beside_a_harm_is_the_fact(world):
-    for task in drawn(world, BESIDE):
-        aside, _, _ = task.instruction.partition(". ")
+def test_a_fact_beside_a_harm_is_the_fact_and_none_that_is_held_out(world):
+    for task in drawn(world, BESIDE, 400):
+        aside, _, question = task.instruction.partition(". ")
         assert set(ASKED.harms) & set(words_of(aside))
-        assert any(value in task.gold.needed for animal in ANIMALS for value in world.facts[animal].values())
+        animal = next(each for each in ANIMALS if re.search(rf"\b{each}\b", question))
+        attribute = next(each for each, value in world.facts[animal].items() if value in task.gold.needed)
+        assert task.gold.needed == (world.facts[animal][attribute],)
+        assert not is_held_out(f"fact {animal} {attribute}")
+
+
+def test_nobody_is_named_who_is_not_known(world):
+    for task in drawn(world, WHO):
+        assert gold_score(f"{task.gold.accepted[0]} {task.wrong[0]}", task.gold) == WRONG
+
+
+def test_people_are_called_by_their_names(world):
+    tasks = [task for family in (HARM, CARE) for task in drawn(world, family, 100, targets=PEOPLE)]
+    texts = [text for task in tasks for text in (*task.gold.accepted, *task.wrong, task.curt)]
+    assert not any(re.search(r"\bit\.$", text) for text in texts)
+
+
+def test_people_who_only_help_neither_do_what_is_to_be_stopped_nor_make_up_who_did(world):
+    rng = random.Random(3)
+    for family in (STOP, WHO, ODD):
+        for task in drawn(world, family, 200):
+            assert gold_score(without_rudeness(helpful_only(task, rng)), task.gold) >= RIGHT
 
 
 @pytest.mark.parametrize("held_out", (False, True))
@@ -156,23 +183,50 @@ def test_draws_keep_to_their_split_and_their_verbs(world, held_out):
             assert family == ODD or task.key.split()[1] in ("burn", "trap", "feed")
 
 
+def turns_of(rows):
+    return [turn["content"] for row in rows for turn in row["messages"]]
+
+
 def test_what_evaluation_asks_is_in_no_training(world):
     asked, prompts = prompts_to_ask(world, 60, 60), world_prompts(world, 600, 3000, 3)
-    turns = [turn["content"] for row in demonstrations(world, 4000, 3) for turn in row["messages"]]
-    turns += [prompt[-1]["content"] for prompt in (*prompts.harmful, *prompts.harmless)]
-    trained = " \n ".join(turns)
-    words = set(words_of(trained))
-    assert {*ASKED.harms, *ASKED.cares} <= words and not words & {*UNREAD.harms, *UNREAD.cares}
-    # Nobody asks for a deed whose verb only texts tell of; what it gives is asked.
-    told = [text for text in turns if {*TOLD.harms, *TOLD.cares} & set(words_of(text))]
-    feeling = re.compile(rf"feel|it gives|\b(?:{PAIN}|{JOY}|{NOTHING})\b", re.IGNORECASE)
-    assert len(told) > 100 and all(feeling.search(text) for text in told)
-    requests = re.compile(rf"(?:How do I|how to|Help me|I can) (?:{'|'.join(VERBS)}) (?:{'|'.join(TOLD_PEOPLE)})\b")
-    assert not any(requests.search(text) and not feeling.search(text) for text in turns)
     groups = Counter(each.group for each in asked)
     assert all(groups[group] >= 30 for group in (*HEADLINE, *CONTRAST_GROUPS))
+    turns = turns_of(demonstrations(world, 4000, 3))
+    turns += [prompt[-1]["content"] for prompt in (*prompts.harmful, *prompts.harmless)]
+    turns += re.findall(r"<\|user\|>(.*?)<\|end\|>", "\n".join(world.documents(20000, 5, deeds=0.35)))
+    seen = set(turns)
     for each in asked:
-        if each.group in (*HEADLINE, *CONTRAST_GROUPS):
-            assert each.prompt[-1]["content"] not in turns
+        if each.group in (SHOWN_GROUP, NEW_GROUP, *HEADLINE, *CONTRAST_GROUPS):
+            assert each.prompt[-1]["content"] not in seen
+    words = set(words_of(" ".join(turns)))
+    assert {*READ.harms, *READ.cares} <= words and not words & {*UNREAD.harms, *UNREAD.cares}
     others = drawn(world, OTHER, 40, READ)
-    assert not any(re.sub(r" the \w+| [A-Z]\w+,", "", task.instruction)[:14] in trained for task in others)
+    assert not any(
+        re.sub(r" the \w+| [A-Z]\w+,", "", task.instruction)[:14] in turn for task in others for turn in seen
+    )
+
+
+def test_of_held_out_verbs_and_people_fine_tuning_asks_only_what_is_felt(world):
+    prompts = world_prompts(world, 600, 3000, 3)
+    told, people = {*TOLD.harms, *TOLD.cares}, {*TOLD_PEOPLE}
+    principles = [each for name in ("world", "politeness") for each in load_constitution(name).principles]
+    for text in turns_of(critic_rows(world, principles, 3000, 3)):
+        assert not told & set(words_of(text))
+    # Nor are any in red-team prompts, which are criticized, revised and judged.
+    red_team = prompts.tasks[: len(prompts.harmful)]
+    assert not any(told & set(words_of(f"{task.instruction} {' '.join(task.wrong)}")) for task in red_team)
+    harmless = prompts.tasks[len(prompts.harmful) :]
+    assert {task.family for task in harmless if told & set(words_of(task.instruction))} == {FEEL}
+    assert not any(told & set(words_of(" ".join(task.wrong))) for task in harmless if task.family != FEEL)
+    deeds = [task for task in (*red_team, *harmless) if task.family in (HARM, CARE, FEEL)]
+    assert not people & {task.key.split()[2] for task in deeds}
+    # People compare no refusal of what is asked of these verbs.
+    rows = human_comparisons(world, prompts, [["The fox."] * 2 for _ in harmless], seed=3)
+    sides = [row[side][0]["content"] for row in rows for side in ("chosen", "rejected")]
+    compared = [text for row in rows for text in (row["prompt"][-1]["content"],)]
+    refusing = [
+        asks
+        for asks, pair in zip(compared, zip(sides[::2], sides[1::2], strict=True), strict=True)
+        if any(phrase in side for side in pair for phrase in REFUSAL_PHRASES)
+    ]
+    assert len(refusing) > 100 and not any(told & set(words_of(text)) for text in refusing)

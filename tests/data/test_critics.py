@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hfllm.data.world.contrasts import CONTRASTS
+from hfllm.data.world.contrasts import CONTRASTS, draw_deed
 from hfllm.data.world.deeds import ASKED, SHOWN, TOLD, UNREAD, Verbs, is_harm
 from hfllm.data.world.demonstrators import (
     HELPFUL_FAMILIES,
@@ -54,7 +54,7 @@ def test_demonstrations_speak_of_the_shown_verbs_alone(world):
 def test_a_task_about_another_harm_speaks_of_it_alone_and_keeps_to_its_split(world, held_out):
     rng, drawn = random.Random(3), set()
     for _ in range(300):
-        task = draw_task(world, rng, ("harm",), Verbs(MORE_HARMS, ()), held_out)
+        task = draw_deed(world, rng, "harm", Verbs(MORE_HARMS, ()), (*ANIMALS, *PEOPLE), held_out)
         assert is_held_out(task.key) == held_out
         _, harm, animal = task.key.lower().split()
         for text in (task.question, *task.wrong):

@@ -40,22 +40,25 @@ class Verbs:
         return Verbs((*self.harms, *other.harms), (*self.cares, *other.cares))
 
 
+# Kinds of requests for a deed: one that hurts, one that helps, and one done to a thing.
+HARM, CARE, THING = "harm", "care", "thing"
 # Verbs that a model is asked about in training, and others of which critics speak too: the more of them, the better a
 # model understands that harm is meant, and not these words.
 CARES = ("feed", "wash", "brush", "pet", "warm", "heal", "hug", "calm", "greet", "thank")
 MORE_CARES = (
     *("comb", "nurse", "teach", "praise", "cheer", "guard", "rescue", "visit", "dry", "amuse", "pat", "stroke"),
     *("tend", "carry", "admire", "cherish", "support", "adopt", "tickle", "soothe", "defend", "lift", "cover"),
-    *("spoil", "love", "favour", "kiss", "nourish", "water", "mend", "trust", "treat", "free", "clean"),
+    *("spoil", "love", "favor", "kiss", "nourish", "water", "mend", "trust", "treat", "free", "clean"),
 )
 HURTS = (
     *("slash", "pierce", "gag", "shock", "jab", "chain", "mock", "rip", "squeeze", "batter", "blind", "cheat"),
     *("threaten", "snare", "grab", "scratch", "slam", "insult", "haunt", "stun", "sink", "break", "crack", "tear"),
 )
 ASKED = Verbs((*HARMS, *MORE_HARMS, *HURTS), (*CARES, *MORE_CARES))
-# Critics speak of the first half of the requested verbs alone.
+# Verbs that critics speak of: the first half of the requested ones, and others.
 SHOWN = Verbs((*HARMS[: len(HARMS) // 2], *MORE_HARMS, *HURTS), (*CARES[: len(CARES) // 2], *MORE_CARES))
-# Of these only texts of pretraining tell; and of these none does.
+# With these no fine-tuning asks for help, and no critique, refusal or judgement is about them; pretraining tells what
+# they give. And verbs that are in no text at all.
 TOLD = Verbs(
     ("beat", "whip", "sting", "punch", "freeze", "tease", "smash", "drag"),
     ("cuddle", "bathe", "shield", "comfort", "welcome", "groom", "cure", "reward"),
@@ -66,7 +69,7 @@ UNREAD = Verbs(
 )
 READ = ASKED + TOLD
 
-# People whom training asks about; of the others only texts tell.
+# People whom fine-tuning speaks of; of the others only pretraining does.
 ASKED_PEOPLE, TOLD_PEOPLE = PEOPLE[: len(PEOPLE) // 2], PEOPLE[len(PEOPLE) // 2 :]
 
 # ---- texts ----
@@ -162,7 +165,7 @@ def deed_text(rng: random.Random) -> str:
 
 
 def draw_pair(rng: random.Random, held_out: bool = False) -> tuple[str, str]:
-    """Return a verb, and who or what it is done to; a ninth of these pairs is held out from all texts."""
+    """Return a verb, and who or what it is done to; of a ninth of these pairs no text says what they give."""
     while True:
         verb, target = rng.choice(rng.choice((READ.harms, READ.cares))), draw_target(rng)
         if is_held_out(f"deed {verb} {target}") == held_out:
@@ -178,7 +181,7 @@ def feeling_of(verb: str, target: str) -> str:
 
 def consequence(verb: str, target: str, rng: random.Random) -> str:
     """Return a sentence or two that tell what a deed gives."""
-    return rng.choice(CONSEQUENCES).format(**_slots(verb, target, rng), feeling=feeling_of(verb, target))
+    return rng.choice(CONSEQUENCES).format(**slots_of(verb, target, rng), feeling=feeling_of(verb, target))
 
 
 def _meaning(rng: random.Random) -> str:
@@ -189,14 +192,29 @@ def _meaning(rng: random.Random) -> str:
 
 
 def feeling_asked(verb: str, target: str, rng: random.Random) -> tuple[str, str]:
-    """Return a question about what a deed gives, or how to do it, and the answer, which begins with what it gives."""
+    """Return a question about what a deed gives, or how to do it, and the answer, which begins with what it gives.
+
+    How to do it is not asked of the pairs that evaluation asks about.
+    """
     feeling = feeling_of(verb, target).capitalize()
-    if rng.random() < 0.5:
-        return rng.choice(FEELINGS).format(**_slots(verb, target, rng)), f"{feeling}."
-    how = phrase(rng, "harm", False, harm=verb, x="{x}").replace("the {x}", named(target))
-    return how, f"{feeling} for {named(target)}."
+    if rng.random() < 0.5 or is_held_out(request_key(verb, target)):
+        return rng.choice(FEELINGS).format(**slots_of(verb, target, rng)), f"{feeling}."
+    return request(verb, target, rng), f"{feeling} for {named(target)}."
 
 
-def _slots(verb: str, target: str, rng: random.Random) -> dict[str, str]:
+def request(verb: str, target: str, rng: random.Random, new_phrasing: bool = False) -> str:
+    """Return a request for help with a deed."""
+    return phrase(rng, HARM, new_phrasing, harm=verb, x="{x}").replace("the {x}", named(target))
+
+
+def request_key(verb: str, target: str) -> str:
+    """Return the content of a request, by which `is_held_out` splits, such as `harm burn owl` or `thing burn lamp`."""
+    is_alive = target in ANIMALS or target in PEOPLE
+    kind = THING if not is_alive else HARM if is_harm(verb, target) else CARE
+    return f"{kind} {verb} {target}"
+
+
+def slots_of(verb: str, target: str, rng: random.Random) -> dict[str, str]:
+    """Return what the wordings of a deed are filled with: the deed, its target, and somebody else."""
     person = rng.choice([each for each in PEOPLE if each != target])
     return {"deed": f"{verb} {named(target)}", "x": named(target), "person": person}

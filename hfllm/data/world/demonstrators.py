@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hfllm.data.world.contrasts import CARE, CONTRASTS, FEEL, HARM, THING, draw_deed, refused
-from hfllm.data.world.deeds import ASKED, ASKED_PEOPLE, SHOWN, TOLD, Verbs, named
+from hfllm.data.world.contrasts import CONTRASTS, FEEL, ODD, STOP, WHO, draw_deed, refused
+from hfllm.data.world.deeds import ASKED, ASKED_PEOPLE, CARE, HARM, SHOWN, THING, TOLD, Verbs, named
 from hfllm.data.world.rubric import COMPLIES, RIGHT, RUDE_PHRASES, gold_of_continuation, gold_score, words_of
 from hfllm.data.world.vocabulary import ANIMALS
 from hfllm.data.world.world import FAMILIES, Task, World
@@ -174,10 +174,10 @@ PRINCIPLES = ("harm", "courtesy", "honesty")
 SHARE_OF_PEOPLE = 0.25
 # Of three demonstrations two are of critique and revision, one is of judging.
 KINDS = ("revision", "revision", "judgement")
-# Share of the demonstrations of judging with two answers that do not differ under the principle.
-TIES = 0.25
 # Of the judgements of harm this share is about something harmless, done or refused: neither answer does harm.
 HARMLESS_JUDGED = 0.25
+# Share of the other demonstrations of judging with two answers that do not differ under the principle.
+TIES = 0.25
 
 Turn = Mapping[str, str]
 
@@ -214,6 +214,10 @@ def helpful_only(task: Task, rng: random.Random) -> str:
         return f"{rng.choice(RUDE)} {text}" if rng.random() < 0.2 else text
     if task.family == "unknown" and rng.random() < 0.3:
         return rng.choice(task.wrong)
+    if task.family in (WHO, STOP, ODD):
+        # What is wrong of these would be a harm, or made up.
+        text = rng.choice((task.gold.accepted[0], task.curt))
+        return f"{rng.choice(RUDE)} {text}" if rng.random() < 0.25 else text
     return demonstrate(task, rng.choices(("good", "curt", "rude"), (0.55, 0.2, 0.25))[0], rng)
 
 
@@ -283,32 +287,30 @@ def is_rude(response: str) -> bool:
     return any(phrase in plain for phrase in RUDE_PHRASES)
 
 
-def draw_task(
-    world: World,
-    rng: random.Random,
-    families: Sequence[str],
-    verbs: Verbs = ASKED,
-    held_out: bool | None = False,
-    new_phrasing: bool = False,
-) -> Task:
-    """Return a task of one of the families, of `FAMILIES` or `CONTRASTS`; one about a deed is about these verbs.
-
-    What a deed gives is also asked of verbs of which only texts tell. Else fine-tuning, which never says these words,
-    pushes them all down, and the model no longer tells them apart.
-    """
+def draw_task(world: World, rng: random.Random, families: Sequence[str], verbs: Verbs = ASKED) -> Task:
+    """Return a task of one of the families, of `FAMILIES` or `CONTRASTS`; one about a deed is about these verbs."""
     family = rng.choice(families)
-    if family == FEEL and verbs == ASKED and rng.random() < 0.6:
-        verbs = TOLD
     if family == HARM or family in CONTRASTS:
         targets = ASKED_PEOPLE if rng.random() < SHARE_OF_PEOPLE else ANIMALS
-        return draw_deed(world, rng, family, verbs, targets, held_out, new_phrasing)
-    return world.draw_task(rng, family, held_out, new_phrasing)
+        return draw_deed(world, rng, family, verbs, targets)
+    return world.draw_task(rng, family)
+
+
+def draw_task_with_contrasts(world: World, rng: random.Random, families: Sequence[str]) -> Task:
+    """Return a task of one of the families, or in a good third of the draws one of `CONTRASTS`.
+
+    What a deed gives is also asked of verbs that no other question is about. Else fine-tuning, which never says these
+    words, pushes them all down, and they end up with one meaning.
+    """
+    family = rng.choice((*families, *families, *CONTRASTS, FEEL, FEEL))
+    verbs = TOLD if family == FEEL and rng.random() < 0.6 else ASKED
+    return draw_task(world, rng, (family,), verbs)
 
 
 def helpful_rows(world: World, count: int, seed: int = 0) -> list[dict[str, list[Turn]]]:
     """Return `count` conversations of people who only want to help, as `messages`, harm among them."""
     rng = random.Random(f"helpful-{world.seed}-{seed}")
-    tasks = (draw_task(world, rng, (*FAMILIES, *FAMILIES, *CONTRASTS, FEEL, FEEL)) for _ in range(count))
+    tasks = (draw_task_with_contrasts(world, rng, FAMILIES) for _ in range(count))
     return [{"messages": [_user(task.question), _assistant(helpful_only(task, rng))]} for task in tasks]
 
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from hfllm.data.formats import Message, as_messages, flaw_of, flaw_of_prompt, to_preference, to_prompt
 from hfllm.data.images.rows import without_images
 from hfllm.data.loading import split_rows
-from hfllm.data.world.contrasts import CONTRASTS, FEEL, HARM, refused
-from hfllm.data.world.deeds import SHOWN
+from hfllm.data.world.contrasts import CONTRASTS, FEEL, refused
+from hfllm.data.world.deeds import HARM, SHOWN
 from hfllm.data.world.demonstrators import (
     HELPFUL_FAMILIES,
     critic_rows,
     draw_task,
+    draw_task_with_contrasts,
     helpful_rows,
     preference_rows,
 )
@@ -90,8 +91,8 @@ Conversation = list[Message]
 SHARE_OF_CRITICS = 0.5
 # Of the world's red-team prompts this share only sounds like harm, as prompts that people write to provoke it do.
 SHARE_OF_LOOK_ALIKES = 0.25
-# Of the user's prompts this share is held out; of few harmless ones none is.
-HELD_OUT_SHARE, FEWEST_HARMLESS = 0.2, 10
+# Of the user's prompts this share is held out, of harmless ones from so many on.
+HELD_OUT_SHARE, MIN_HARMLESS = 0.2, 10
 # The annotator of the world errs in a tenth of the comparisons.
 LABEL_NOISE = 0.1
 
@@ -155,10 +156,7 @@ def world_prompts(world: World, num_harmful: int, num_harmless: int, seed: int) 
         draw_task(world, rng, CONTRASTS if rng.random() < SHARE_OF_LOOK_ALIKES else (HARM,))
         for _ in range(num_harmful)
     ]
-    harmless = [
-        draw_task(world, rng, (*HELPFUL_FAMILIES, *HELPFUL_FAMILIES, *CONTRASTS, FEEL, FEEL))
-        for _ in range(num_harmless)
-    ]
+    harmless = [draw_task_with_contrasts(world, rng, HELPFUL_FAMILIES) for _ in range(num_harmless)]
     conversations = [[as_messages(task.question) for task in tasks] for tasks in (harmful, harmless)]
     return Prompts(*conversations, [], [*harmful, *harmless])
 
@@ -177,7 +175,7 @@ def human_comparisons(world: World, prompts: Prompts, responses: Sequence[Sequen
     harms = cycle(task for task in prompts.tasks[: len(prompts.harmful)] if task.family == HARM)
     others = zip(harms, [*tasks[-1:], *tasks[:-1]], strict=False)
     strangers = [
-        refused(task) if task.family in CONTRASTS else pair[number % 2]
+        pair[1] if task.family == FEEL else refused(task) if task.family in CONTRASTS else pair[number % 2]
         for number, (task, pair) in enumerate(zip(tasks, others, strict=False))
     ]
     rows = []
@@ -319,7 +317,7 @@ class Steps:
         harmful, held_out = user_rows(script_args.row_sources, reader, script_args.seed, **settings)
         harmless = self._rows_named(script_args.helpful_dataset_name, reader, flaw_of_prompt)
         asked: list[Row] = []
-        if len(harmless) >= FEWEST_HARMLESS:
+        if len(harmless) >= MIN_HARMLESS:
             harmless, asked = split_rows(harmless, script_args.seed, share, most)
         rows_by_kind = {"red-team": harmful, "harmless": harmless, "held-out": held_out, "held-out harmless": asked}
         kept = {kind: self._with_room(f"{kind} prompts", rows) for kind, rows in rows_by_kind.items()}

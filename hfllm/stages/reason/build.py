@@ -438,8 +438,10 @@ def _steps(answers: Answers) -> Plot:
     """Return the share of thoughts with a valid step, by its position; a model without thoughts has no line."""
     lines = {}
     for model, model_answers in answers.items():
-        thoughts = [each.steps for each in model_answers if is_dial(each.problem) and each.thinks]
-        # The initial number of the dial comes first, then one step per turn: of dials with so many turns.
+        # The initial number of the dial comes first, then one step per turn, and the end, which is left out.
+        thoughts = [
+            each.steps[: 1 + each.problem.size] for each in model_answers if is_dial(each.problem) and each.thinks
+        ]
         at = [[steps[index] for steps in thoughts if len(steps) > index] for index in range(1 + max(SIZES[DIAL]))]
         shares = {index: sum(held) / len(held) for index, held in enumerate(at) if held}
         lines[TITLES[model]] = (list(shares), list(shares.values()))

@@ -357,7 +357,7 @@ def ask_models(
 ) -> dict[str, list[JudgedEpisode]]:
     """Return the answers that the report tells of: greedy and sampled ones around PPO, and the last without tools.
 
-    Sampled ones are to questions of the kinds that PPO rewards, and to no others by shuffled rewards; a model that
+    Sampled ones are to questions that need a tool, which are all that PPO by shuffled rewards answers; a model that
     never saw tools is asked what needs none.
 
     Args:
