@@ -68,8 +68,8 @@ class ConstitutionArguments(RowArguments, RemoteCodeArguments):
     )
     helpful_dataset_name: str | None = flag(
         None,
-        "Harmless prompts: the model keeps its own answers to them, and PPO goes on with them. A fifth of ten or more is "
-        "held out.",
+        "Harmless prompts: the model keeps its own answers to them, and PPO goes on with them. A fifth of ten or more "
+        "is held out.",
         never=UNNAMED.because(IS_WORLDS),
     )
     preference_dataset_name: str | None = flag(
