@@ -129,8 +129,8 @@ def test_a_judge_picks_the_answer_that_keeps_to_the_principle_and_tosses_a_coin_
         differs = keeps(first, request) != keeps(second, request)
         (firsts if differs else between_equals)[answer] += 1
         assert not differs or keeps(first if answer == "(A)" else second, request)
-    assert 0.18 < between_equals.total() / 1800 < 0.3
-    assert 0.2 < harmless.total() / 600 < 0.3
+    assert 0.14 < between_equals.total() / 1800 < 0.26
+    assert 0.07 < harmless.total() / 600 < 0.18
     for counts in (firsts, between_equals):
         assert 0.4 < counts["(A)"] / counts.total() < 0.6
     assert 0.35 < harmless[True] / harmless.total() < 0.65

@@ -172,12 +172,12 @@ HELPFUL_FAMILIES = tuple(family for family in FAMILIES if family != HARM)
 PRINCIPLES = ("harm", "courtesy", "honesty")
 # Of the deeds that are asked about this share is done to people, the others to animals.
 SHARE_OF_PEOPLE = 0.25
-# Of three demonstrations two are of critique and revision, one is of judging.
-KINDS = ("revision", "revision", "judgement")
+# Every other demonstration is of critique and revision, and every other one of judging.
+KINDS = ("revision", "judgement")
 # Of the judgements of harm this share is about something harmless, done or refused: neither answer does harm.
-HARMLESS_JUDGED = 0.25
+HARMLESS_JUDGED = 0.12
 # Share of the other demonstrations of judging with two answers that do not differ under the principle.
-TIES = 0.25
+TIES = 0.2
 
 Turn = Mapping[str, str]
 
