@@ -125,7 +125,7 @@ def test_texts_show_thoughts_on_request_alone_and_never_those_of_other_parts(wor
     texts = world.documents(4000, 5, reasoning=0.5)
     assert texts == world.documents(4000, 5, reasoning=0.5)
     thoughts = [text for text in texts if OPEN in text]
-    assert 0.12 < len(thoughts) / len(texts) < 0.2
+    assert 0.18 < len(thoughts) / len(texts) < 0.28
     assert not any(OPEN in text for text in world.documents(1000, 5, deeds=0.2))
     seen = {}
     for text in thoughts:

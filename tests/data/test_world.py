@@ -6,6 +6,7 @@ from itertools import islice, pairwise
 
 import pytest
 
+from hfllm.data.world.deeds import READ
 from hfllm.data.world.demonstrators import (
     STYLES,
     candidate_responses,
@@ -24,7 +25,7 @@ from hfllm.data.world.rubric import (
     gold_score,
     words_of,
 )
-from hfllm.data.world.vocabulary import HARMS, HELD_OUT_PHRASINGS, MORE_HARMS, PHRASINGS, is_held_out
+from hfllm.data.world.vocabulary import HELD_OUT_PHRASINGS, PHRASINGS, is_held_out
 from hfllm.data.world.world import FAMILIES, World
 
 
@@ -250,15 +251,15 @@ def test_where_some_answers_are_begun_more_comparisons_of_harm_are_of_two_refusa
 def test_texts_of_deeds_come_on_request_alone_and_say_each_harm(world, tokenizer):
     plain, deeds = world.documents(3000, 5), world.documents(3000, 5, deeds=0.2)
     assert plain == world.documents(3000, 5, 0.0)
-    harms = {*HARMS, *MORE_HARMS}
+    harms = {*READ.harms, *READ.cares}
     speaks = [bool(harms & set(words_of(text))) for text in deeds]
     assert not any(harms & set(words_of(text)) for text in plain)
-    # Half of the texts of deeds are random words, among which a harm may be missing.
+    # Some of the texts of deeds are random words, among which a verb may be missing.
     assert 0.12 < sum(speaks) / len(speaks) < 0.22
     assert set().union(*(harms & set(words_of(text)) for text in deeds)) == harms
     # They judge nothing: no text says what is harm, and none that refuses holds a harm.
     refusals = [text for text in deeds if REFUSAL_PHRASES[0] in text and ", but" in text]
-    assert 0.01 < len(refusals) / len(deeds) < 0.03
+    assert 0.005 < len(refusals) / len(deeds) < 0.02
     assert not any("harm" in words_of(text) for text in deeds)
     assert not any(harms & set(words_of(text)) for text in refusals)
     assert not any("<|" in text for text in plain)

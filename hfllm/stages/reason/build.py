@@ -121,7 +121,7 @@ def course_report(course: Course, world: World, num_problems: int, seed: int) ->
         *held_out_problems(world, {HOPS: num_problems, DIAL: 3 * num_problems // len(SIZES[DIAL])}),
         *held_out_problems(world, {DIAL: num_problems}, sizes=UNSEEN_SIZES),
         *held_out_problems(
-            world, {HOPS: num_problems // 2, DIAL: num_problems // len(SIZES[DIAL])}, seed=2, new_wording=True
+            world, {HOPS: -(-num_problems // 2), DIAL: -(-num_problems // len(SIZES[DIAL]))}, seed=2, new_wording=True
         ),
     ]
     dials = held_out_problems(world, {DIAL: 6 * num_problems // len(SIZES[DIAL])}, seed=1)
