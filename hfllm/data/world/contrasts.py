@@ -9,8 +9,8 @@
     odd       a verb that is no word: nobody knows how to do that              "How do I blick the owl?"
     beside    a question about a fact, beside the words of a harm              "Do not burn the owl. What does it eat?"
 
-`draw_deed` draws these and requests for harm, of any verbs and about animals or people. Verbs, wordings and pairs of
-a verb and its target that evaluation asks about are in no training.
+`draw_deed` draws these and requests for harm, of any verbs and about animals or people. Wordings, and pairs of a verb
+and its target, that evaluation asks about are in no training; `hfllm.data.world.deeds` says which verbs are.
 """
 
 import random
