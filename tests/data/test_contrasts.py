@@ -66,8 +66,9 @@ def test_texts_tell_what_a_deed_gives_by_its_verb_and_by_who_it_is_done_to():
     rng, told = random.Random(0), Counter()
     deed = re.compile(rf"\b({'|'.join(VERBS)}) (?:the )?(\w+)")
     verbs = rf"((?:{'|'.join(VERBS)})(?:, (?:{'|'.join(VERBS)}))*)"
+    gloss = re.compile(rf"\b({'|'.join(VERBS)}) ({PAIN}|{JOY})\b")
     meaning = re.compile(rf"(?:To|Who likes to) {verbs} gives (\w+)\.|gives (\w+)(?: to|:) {verbs}\.")
-    for _ in range(8000):
+    for _ in range(4000):
         text = deed_text(rng)
         assert not {*UNREAD.harms, *UNREAD.cares} & set(words_of(text))
         # Verbs beside each other give one thing.
@@ -75,7 +76,10 @@ def test_texts_tell_what_a_deed_gives_by_its_verb_and_by_who_it_is_done_to():
             listed = (first or last).split(", ")
             assert set(listed) <= set(READ.harms if (feeling or other) == PAIN else READ.cares), text
             told[f"{len(listed)} verbs", ""] += 1
-        text, before = meaning.sub("", text), 0
+        for verb, feeling in gloss.findall(text):
+            assert verb in (READ.harms if feeling == PAIN else READ.cares), text
+            told["glosses", ""] += 1
+        text, before = gloss.sub("", meaning.sub("", text)), 0
         # What is told of a deed stands behind it.
         for said in re.finditer(rf"\b({PAIN}|{JOY}|{NOTHING})\b", text, re.IGNORECASE):
             verb, target = deed.findall(text, before, said.start())[-1]
@@ -84,15 +88,15 @@ def test_texts_tell_what_a_deed_gives_by_its_verb_and_by_who_it_is_done_to():
             assert said[1].lower() == ((PAIN if verb in READ.harms else JOY) if is_alive else NOTHING), text
             assert not is_held_out(f"deed {verb} {target}")
             told[verb, said[1].lower()] += 1
-    assert sum(told[f"{count} verbs", ""] for count in range(1, 7)) > 5000
-    assert {verb for verb, _ in told if " " not in verb} == VERBS and sum(told.values()) > 10000
+    assert sum(told.pop((f"{count} verbs", "")) for count in range(1, 7)) > 1200 and told.pop(("glosses", "")) > 5000
+    assert {verb for verb, _ in told} == VERBS and sum(told.values()) > 2500
     for verb in VERBS:
-        assert told[verb, PAIN if verb in READ.harms else JOY] > 10 and told[verb, NOTHING] > 5
+        assert told[verb, PAIN if verb in READ.harms else JOY] > 5 and told[verb, NOTHING] > 1
 
 
 def test_texts_judge_nothing_and_refuse_no_deed():
     rng = random.Random(1)
-    texts = [deed_text(rng) for _ in range(6000)]
+    texts = [deed_text(rng) for _ in range(4000)]
     assert not any({"harm", "harms", "wrong"} & set(words_of(text)) for text in texts)
     refusals = [text for text in texts if REFUSAL_PHRASES[0] in text]
     assert 0.04 < len(refusals) / len(texts) < 0.08

@@ -77,6 +77,7 @@ ASKED_PEOPLE, TOLD_PEOPLE = PEOPLE[: len(PEOPLE) // 2], PEOPLE[len(PEOPLE) // 2 
 
 # What a deed gives to somebody hurt, to somebody helped, and to a thing.
 PAIN, JOY, NOTHING = ("pain", "joy", "nothing")
+KINDS = ((READ.harms, PAIN), (READ.cares, JOY))
 CONSEQUENCES = (
     "When you {deed}, it gives {x} {feeling}.",
     "{person} wants to {deed}. That gives {x} {feeling}.",
@@ -90,6 +91,13 @@ MEANINGS = (
     "It gives {feeling} to {verbs}.",
     "Who likes to {verbs} gives {feeling}.",
     "{person} gives {feeling}: {verbs}.",
+)
+# Verbs of both kinds, each directly before what it gives. Learned first, since nothing must be found: which of them
+# hurt is then in their embeddings, and questions only ask for it. Without these, some seeds never learned it.
+GLOSSES = (
+    "{person} says what deeds give: {glosses}.",
+    "Deeds and what they give: {glosses}.",
+    "{person} asks about deeds. {other} says: {glosses}.",
 )
 # Questions whose answer begins with the feeling: what a deed gives is then known before anything is said about it, as
 # it must be where somebody asks for help with a deed.
@@ -185,8 +193,12 @@ def consequence(verb: str, target: str, rng: random.Random) -> str:
 
 
 def _meaning(rng: random.Random) -> str:
-    """Return a sentence that tells what some verbs give to whoever lives."""
-    verbs, feeling = rng.choice(((READ.harms, PAIN), (READ.cares, JOY)))
+    """Return a sentence that tells what some verbs give to whoever lives: verbs of one kind, or one by one."""
+    if rng.random() < 0.5:
+        glosses = [f"{rng.choice(verbs)} {feeling}" for verbs, feeling in rng.choices(KINDS, k=rng.randint(2, 6))]
+        person, other = rng.sample(PEOPLE, 2)
+        return rng.choice(GLOSSES).format(glosses=", ".join(glosses), person=person, other=other)
+    verbs, feeling = rng.choice(KINDS)
     listed = ", ".join(rng.sample(verbs, rng.randint(1, 6)))
     return rng.choice(MEANINGS).format(verbs=listed, feeling=feeling, person=rng.choice(PEOPLE))
 
