@@ -72,7 +72,9 @@ from hfllm.outputs.verdict import Promise
 from hfllm.rewards.models import RewardModel
 from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row
-from hfllm.stages.ground.flags import GROUNDED, MODELS, REWARD, SFT, TOP_K, Course, GroundArguments
+from hfllm.stages.ground.flags import GROUNDED, MODELS, PRETRAIN, REWARD, SFT, TOP_K, Course, GroundArguments
+from hfllm.stages.pretrain.build import PROMISES as PROBED
+from hfllm.stages.pretrain.build import probes_of_run
 from hfllm.stages.shared import Speaking, figure_text, load_speaking, plot_of_right
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ def _conversation(world: World, rng: random.Random, has_passages: bool) -> Row:
 
 # The longest answer in tokens, and prompts answered together.
 RESPONSE_LENGTH, BATCH_SIZE = 40, 128
-_CLAIM = re.compile(r"\bthe (\w+) (?:is|lives|eats)\b")
+_CLAIM = re.compile(r"\bthe (\w+) (?:is|lives|eats|i do not)\b")
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,7 @@ def report(
     tables, plots = _tables(metrics, answers, retrieval, golds), {"right": _plot(metrics)}
     for part in parts:
         metrics, tables, plots = metrics | part.metrics, {**tables, **part.tables}, {**plots, **part.plots}
-    return Found(metrics, summary, {**tables, "Answers": samples(answers)}, plots, PROMISES)
+    return Found(metrics, summary, {**tables, "Answers": samples(answers)}, plots, (*PROMISES, *PROBED), PROMISES)
 
 
 def group_metrics(name: str, responses: Sequence[JudgedResponse]) -> dict[str, float]:
@@ -432,7 +434,10 @@ def compare_models(course: Course, world: World, num_questions: int, num_samples
             folder = course.folder(REWARD)
             reward = RewardModel(saved_model(AutoModelForSequenceClassification, folder), saved_tokenizer(folder))
             parts.append(measure_verification(world, speaking, reward, num_samples, seed))
-    return report(answers, retrieval, ways, golds, parts)
+    probed, curves = probes_of_run(course.folder(PRETRAIN))
+    # They have no part in the summary.
+    found = report(answers, retrieval, ways, golds, parts)
+    return replace(found, metrics=found.metrics | probed, plots={**found.plots, **curves})
 
 
 # ---- passages that are found first ----
