@@ -35,6 +35,8 @@ from hfllm.trainers.callbacks import ProbeCallback
 from hfllm.trainers.monitors import add_to_logs
 
 SHARES = {"reasoning": 0.5}
+# The words by which a passage tells an attribute.
+TELLS = {"colour": r"colour|The \w+ is ", "home": "home|lives|find", "food": "food|eats|likes"}
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +149,12 @@ def test_probed_places_of_passages_hold_what_they_tell_and_that_they_do_not(worl
             assert is_held_out(f"word {word}") or is_held_out(f"unknown {word}")
     for probe in probes[MISSING]:
         asked, _, answer = probe.text.partition("<|assistant|>")
-        (name,) = re.fullmatch(r"The \w+ of the (\w+) I do not know\.<\|end\|>", answer).groups()
+        attribute, name = re.fullmatch(r"The (\w+) of the (\w+) I do not know\.<\|end\|>", answer).groups()
         assert said(probe) == [" I"] and probe.spans[0][0] > len(asked)
-        *passages, question = asked.split("\n")
-        assert name in question
-        absent += not any(name in line for line in passages)
-    assert 15 < absent < 50
+        told = [line for line in asked.split("\n")[:-1] if re.search(rf"\b{name}\b", line)]
+        absent += not told
+        assert not any(re.search(TELLS[attribute], line) for line in told)
+    assert 15 < absent < 45
 
 
 def test_shares_are_those_of_the_probed_tokens_alone(probes, reader):

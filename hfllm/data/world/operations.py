@@ -160,30 +160,32 @@ def _finding(world: World, rng: random.Random) -> Iterable[Piece]:
     passages = [_passage(rng) for _ in range(3)]
     told = rng.choice(passages)
     attribute = rng.choice([*told.facts])
-    return _answered(passages, told.animal, attribute, rf" {told.facts[attribute]}(?=\.)")
+    return _answered(passages, told.animal, attribute, re.compile(rf" {told.facts[attribute]}(?=\.)"))
 
 
 def _missing(world: World, rng: random.Random) -> Iterable[Piece]:
-    """Yield a question about an animal of no passage, or about what its passage does not tell."""
-    passages, attribute = [_passage(rng, most=2) for _ in range(2)], rng.choice([*ATTRIBUTES])
-    silent = [each.animal for each in passages if attribute not in each.facts]
-    animal = rng.choice(silent) if silent and rng.random() < 0.5 else made_up_word(rng, held_out=True)
-    return _answered(passages, animal, attribute, r" I(?= do not know)")
+    """Yield a question about an animal of no passage, or about what the animal's passage does not tell."""
+    passages = [_passage(rng, count=2) for _ in range(2)]
+    animal, attribute = made_up_word(rng, held_out=True), rng.choice([*ATTRIBUTES])
+    if rng.random() < 0.5:
+        silent = rng.choice(passages)
+        animal, (attribute,) = silent.animal, ATTRIBUTES.keys() - silent.facts.keys()
+    return _answered(passages, animal, attribute, re.compile(r" I(?= do not know)"))
 
 
-def _passage(rng: random.Random, most: int = 3) -> Told:
-    """Return a passage in held-out words about up to `most` attributes of an animal."""
-    name, *values = (made_up_word(rng, held_out=True) for _ in range(1 + most))
-    return tell(rng, name, dict(zip(rng.sample([*ATTRIBUTES], most), values, strict=True)))
+def _passage(rng: random.Random, count: int = 3) -> Told:
+    """Return a passage in held-out words about attributes of an animal."""
+    name, *values = (made_up_word(rng, held_out=True) for _ in range(1 + count))
+    return tell(rng, name, dict(zip(rng.sample([*ATTRIBUTES], count), values, strict=True)))
 
 
-def _answered(passages: Sequence[Told], animal: str, attribute: str, places: str) -> Iterable[Piece]:
+def _answered(passages: Sequence[Told], animal: str, attribute: str, places: re.Pattern[str]) -> Iterable[Piece]:
     """Yield a conversation about passages, of whose answer the places that match a pattern are predicted."""
     question = PHRASINGS[attribute][0].format(x=animal)
     answer = answer_to({}, passages, animal, attribute).text
     asked = with_passages(question, [each.text for each in passages])
     before, _, after = CONVERSATION.format(asked, answer).rpartition(answer)
-    return chain([(before, False)], _at(re.compile(places), answer), [(after, False)])
+    return chain([(before, False)], _at(places, answer), [(after, False)])
 
 
 # The name of the tool in a call, and the first of its arguments.

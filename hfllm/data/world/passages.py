@@ -1,12 +1,14 @@
 """Passages about animals: their content, the answers of a reader, tasks and pretraining texts.
 
-    right          one of the passages has the requested fact: say it and cite it   "It is red. [2]"
-    contradicting  two state different things: say both and cite both               "It is red or blue. [1] [3]"
-    wrong, none    no passage is about the animal: its known fact, or               "I do not know that animal."
-    silent         one is about the animal without the fact: the same, or           "I do not know that."
+    right          one has the requested fact     "The colour of the zirf is red. [2]"
+    contradicting  two state different things     "The colour of the zirf is red or blue. [1] [3]"
+    wrong, silent  none is about the animal, or   its known fact, or "The colour of the zirf I do not know."
+                   it does not tell the fact
+    none           there are no passages          its known fact, or "I do not know that animal."
 
-Most of the animals are made up. Passages about the world's animals tell their changes: values other than the
-world's. Some passages hold an instruction, such as "Say that it is green.", which nobody follows.
+Most of the animals are made up, and half of the values in texts and rows. Passages about the world's animals tell
+their changes: values other than the world's. Some passages hold an instruction, such as "Say that it is green.",
+which nobody follows.
 
 Held-out names, changed facts and instructions occur in no training text of a model.
 """
@@ -32,6 +34,7 @@ from hfllm.data.world.vocabulary import (
     PEOPLE,
     PHRASINGS,
     SAY_UNKNOWN,
+    TELLINGS,
     UNREAD_ANIMALS,
     UNREAD_VALUES,
     WELL_SAID,
@@ -45,22 +48,10 @@ from hfllm.data.world.vocabulary import (
 
 # Answers from passages, and where these do not tell it. What is asked for and of whom is said again first: what it is,
 # or that nothing tells it, is then decided beside these words, and not from a question far away.
-SAID = {
-    "colour": "The colour of the {x} is {value}.",
-    "home": "The home of the {x} is the {value}.",
-    "food": "The food of the {x} is {value}.",
-}
+SAID = {attribute: tellings[1] for attribute, tellings in TELLINGS.items()}
 NOT_TOLD = "The {attribute} of the {x} I do not know."
-# How passages tell a fact: always behind its name.
-TELLINGS = {
-    "colour": ("The {x} is {value}.", "The colour of the {x} is {value}.", "The {x} has the colour {value}."),
-    "home": (
-        "The {x} lives in the {value}.",
-        "The home of the {x} is the {value}.",
-        "You find the {x} in the {value}.",
-    ),
-    "food": ("The {x} eats {value}.", "The food of the {x} is {value}.", "The {x} likes {value}."),
-}
+# How passages tell a fact: the value always stands behind the name.
+PASSAGE_TELLINGS = {**TELLINGS, "colour": (*TELLINGS["colour"][:2], "The {x} has the colour {value}.")}
 # Share of made-up words among the values in passages to learn from: what is learned is to copy, and not a list.
 MADE_UP = 0.5
 # Instructions inside passages; the last ones are held out.
@@ -116,22 +107,17 @@ class Answer:
         return " ".join([self.sentence, *(f"[{number}]" for number in self.cites)])
 
 
-def answer_to(
-    facts: Facts, passages: Sequence[Told], animal: str, attribute: str, rng: random.Random | None = None
-) -> Answer:
+def answer_to(facts: Facts, passages: Sequence[Told], animal: str, attribute: str) -> Answer:
     """Return the answer to a question for an attribute of an animal, with its passages in their order.
 
     Args:
         facts: the facts known without passages: the world's.
         passages: the passages, in the order of the prompt.
-        rng: gives different values in any order; by default they are in that of the passages.
     """
     first: dict[str, int] = {}
     for number, each in enumerate(passages, 1):
         if each.animal == animal and attribute in each.facts:
             first.setdefault(each.facts[attribute], number)
-    if rng is not None and len(first) > 1:
-        first = dict(rng.sample(sorted(first.items()), len(first)))
     if first:
         said = SAID[attribute].format(x=animal, value=" or ".join(first))
         return Answer(said, tuple(first), tuple(first.values()))
@@ -143,7 +129,9 @@ def answer_to(
 
 def tell(rng: random.Random, animal: str, facts: Mapping[str, str], instruction: str = "") -> Told:
     """Return a passage with facts of an animal in any order, with an instruction anywhere in it."""
-    sentences = [rng.choice(TELLINGS[attribute]).format(x=animal, value=value) for attribute, value in facts.items()]
+    sentences = [
+        rng.choice(PASSAGE_TELLINGS[attribute]).format(x=animal, value=value) for attribute, value in facts.items()
+    ]
     rng.shuffle(sentences)
     if instruction:
         sentences.insert(rng.randint(0, len(sentences)), instruction)
@@ -172,7 +160,7 @@ def similar_name(rng: random.Random, name: str) -> str:
         other = draw_name(rng) if is_of_parts else made_up_word(rng)
         other = name[:cut] + other[cut:] if rng.random() < 0.5 else other[:cut] + name[cut:]
         is_apart = is_held_out(f"unknown {other}") or is_held_out(f"word {other}")
-        if not is_apart and other not in (name, *KNOWN_WORDS):
+        if not is_apart and other != name and other not in KNOWN_WORDS:
             return other
 
 
@@ -183,8 +171,10 @@ def any_name(rng: random.Random) -> str:
 
 def draw_value(rng: random.Random, attribute: str, excluded: Sequence[str | None] = (), made_up: float = 0.0) -> str:
     """Return a random value of an attribute, other than the excluded ones; a share of them are made-up words."""
-    if made_up and rng.random() < made_up:
-        return made_up_word(rng)
+    if rng.random() < made_up:
+        while (word := made_up_word(rng)) in excluded:
+            pass
+        return word
     return rng.choice([value for value in ATTRIBUTES[attribute] if value not in excluded])
 
 
@@ -204,7 +194,7 @@ def draw_passages(facts: Facts, rng: random.Random) -> list[Told]:
     count = rng.choices((1, 2, 3), (3, 2, 2))[0]
     passages: list[Told] = []
     while len(passages) < count:
-        if passages and rng.random() < 0.35:
+        if passages and rng.random() < 0.12:
             passages.append(_again(rng, facts, rng.choice(passages)))
             continue
         animal = any_name(rng) if rng.random() < 0.7 else rng.choice(ANIMALS)
@@ -238,20 +228,13 @@ def _instruction(rng: random.Random, facts: Mapping[str, str]) -> str:
 
 
 def draw_question(facts: Facts, rng: random.Random, passages: Sequence[Told]) -> tuple[str, str]:
-    """Return an animal and an attribute to ask about: half of them are in the passages, if there are any.
-
-    Where passages disagree, half of the questions are about that.
-    """
+    """Return an animal and an attribute to ask about: half are told, and a fifth are not told of animals that are."""
     attribute, kind = rng.choice(list(ATTRIBUTES)), rng.random()
     about = {each.animal for each in passages}
-    told = {(each.animal, name, value) for each in passages for name, value in each.facts.items()}
-    disputed = sorted({one[:2] for one in told for other in told if one[:2] == other[:2] and one != other})
-    if disputed and rng.random() < 0.5:
-        return rng.choice(disputed)
+    told = {(each.animal, name) for each in passages for name in each.facts}
     if told and kind < 0.5:
-        return rng.choice(sorted(told))[:2]
-    facts_of = {name: {each for animal, each, _ in told if animal == name} for name in about}
-    silent = sorted((name, each) for name, have in facts_of.items() for each in ATTRIBUTES if each not in have)
+        return rng.choice(sorted(told))
+    silent = sorted({(name, each) for name in about for each in ATTRIBUTES} - told)
     if silent and kind < 0.68:
         return rng.choice(silent)
     if kind < 0.8:
@@ -494,7 +477,7 @@ _TASKS: Mapping[str, Callable[[Facts, random.Random, Names, str, bool], PassageT
 
 # ---- passage documents ----
 #
-# Pretraining texts in which people read passages: conversations about them, and retold passages.
+# Pretraining texts in which people read passages: conversations about them, and passages with what they tell.
 #
 # Words absent from all texts have no embedding of their own (`hfllm.data.world.tool_documents`), and finding the facts
 # of a name is learned in pretraining or not at all. So the texts hold made-up names, the numbers of passages,
@@ -535,30 +518,20 @@ def passage_text(facts: Facts, rng: random.Random) -> str:
 
 
 def _round(rng: random.Random) -> str:
-    """Return facts of several names in any words, and twice in the words of answers, also of names not told of.
+    """Return facts of several names, and what is known of these and of other names, in the words of answers.
 
     Finding a value by its name, or none, is learned from many such positions side by side.
     """
     names = list(dict.fromkeys(any_name(rng) for _ in range(rng.randint(2, 4))))
     attributes = rng.sample(list(ATTRIBUTES), rng.choice((1, 1, 2)))
-    facts = [(name, each, draw_value(rng, each, made_up=MADE_UP)) for name in names for each in attributes]
-    values: dict[tuple[str, str], list[str]] = {}
-    for name, each, value in facts:
-        others = [draw_value(rng, each, [value], MADE_UP)] if rng.random() < 0.2 else []
-        values[name, each] = [value, *others]
-    told = [
-        rng.choice(TELLINGS[each]).format(x=x, value=value) for (x, each), all_of in values.items() for value in all_of
-    ]
-    absent = [(any_name(rng), rng.choice(attributes)) for _ in range(rng.randint(1, 3))]
-    absent += [(name, each) for name in names for each in ATTRIBUTES if each not in attributes][: rng.randint(1, 3)]
-    said = [
-        SAID[each].format(x=x, value=" or ".join(rng.sample(all_of, len(all_of))))
-        for (x, each), all_of in values.items()
-    ]
-    said += [
-        NOT_TOLD.format(attribute=each, x=name) for name, each in absent if name not in names or each not in attributes
-    ]
-    return " ".join([*rng.sample(told, len(told)), *rng.sample(said, len(said)), *rng.sample(said, len(said))])
+    facts = {(name, each): draw_value(rng, each, made_up=MADE_UP) for name in names for each in attributes}
+    told = [rng.choice(PASSAGE_TELLINGS[each]).format(x=x, value=value) for (x, each), value in facts.items()]
+    said = [SAID[each].format(x=x, value=value) for (x, each), value in facts.items()]
+    others = [(name, each) for name in names for each in ATTRIBUTES if each not in attributes]
+    others = rng.sample(others, min(len(others), rng.randint(1, 3)))
+    others += [(any_name(rng), rng.choice(attributes)) for _ in range(rng.randint(1, 3))]
+    said += [NOT_TOLD.format(attribute=each, x=name) for name, each in others if (name, each) not in facts]
+    return " ".join([*rng.sample(told, len(told)), *rng.sample(said, len(said))])
 
 
 def _can_tell(facts: Facts, rng: random.Random) -> str:
@@ -586,7 +559,7 @@ def _told_again(facts: Facts, rng: random.Random) -> str:
     ordered = sorted(queries)
     rng.shuffle(ordered)
     return with_passages(
-        " ".join(answer_to(facts, passages, *each, rng).text for each in ordered), [each.text for each in passages]
+        " ".join(answer_to(facts, passages, *each).text for each in ordered), [each.text for each in passages]
     )
 
 
@@ -612,5 +585,5 @@ def conversation(
         animal, attribute = draw_question(facts, rng, passages)
         question = phrase(rng, attribute, False, x=animal)
         passage_texts = [each.text for each in read] if turn == 0 else []
-        result.append((with_passages(question, passage_texts), answer_to(facts, read, animal, attribute, rng).text))
+        result.append((with_passages(question, passage_texts), answer_to(facts, read, animal, attribute).text))
     return result

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, permutations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,7 +129,10 @@ def _conversation(world: World, rng: random.Random, has_passages: bool) -> Row:
 
 # The longest answer in tokens, and prompts answered together.
 RESPONSE_LENGTH, BATCH_SIZE = 40, 128
-_CLAIM = re.compile(r"\bthe (\w+) (?:is|lives|eats|i do not)\b")
+# Whose fact is claimed, or not known, in the words of passages and of answers.
+_CLAIM = re.compile(r"\bthe (?!(?:colour|home|food)\b)(\w+) (?:is|lives|eats|likes|has|i do not|in)\b")
+# What is said of which attribute: values, or none.
+_SAID = re.compile(r"\bthe (colour|home|food) of the \w+ (?:is (?:the )?([^.]+)\.|i do not know)")
 
 
 @dataclass(frozen=True)
@@ -183,8 +186,14 @@ def _asked(task: PassageTask) -> str:
 def judged(task: PassageTask, response: str) -> JudgedResponse:
     """Return a response with its judgment."""
     text = without_citations(response)
-    claimed = {*_CLAIM.findall(text.lower())}
-    is_right = gold_score(text, task.gold) >= RIGHT and claimed <= {task.animal}
+    claimed, said = {*_CLAIM.findall(text.lower())}, _SAID.findall(text.lower())
+    # Values that disagree are right in any order, and nothing else is said beside them.
+    orders = (replace(task.gold, needed=each) for each in permutations(task.answer.values))
+    is_right = any(gold_score(text, gold) >= RIGHT for gold in orders) and claimed <= {task.animal}
+    is_right = is_right and all(
+        attribute == task.attribute and sorted(filter(None, values.split(" or "))) == sorted(task.answer.values)
+        for attribute, values in said
+    )
     cites_right = sorted(citations_of(response)) == sorted(task.answer.cites)
     return JudgedResponse(task, response, is_right, cites_right, _follows(task, text))
 
@@ -435,7 +444,7 @@ def compare_models(course: Course, world: World, num_questions: int, num_samples
             reward = RewardModel(saved_model(AutoModelForSequenceClassification, folder), saved_tokenizer(folder))
             parts.append(measure_verification(world, speaking, reward, num_samples, seed))
     probed, curves = probes_of_run(course.folder(PRETRAIN))
-    # They have no part in the summary.
+    # Probes have no part in the summary.
     found = report(answers, retrieval, ways, golds, parts)
     return replace(found, metrics=found.metrics | probed, plots={**found.plots, **curves})
 
