@@ -72,6 +72,7 @@ def main(script_args: GroundArguments, model_args: "ModelConfig") -> dict[str, f
         tables=result.tables,
         curves=result.plots,
         promises=result.promises,
+        claims=result.claims,
         artifacts={name: name for name in course.runs},
         next_steps=chat_lines(course.folder(GROUNDED), prompt),
         final_model=course.folder(GROUNDED),

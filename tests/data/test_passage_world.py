@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from functools import partial
 from itertools import pairwise, product
 
@@ -36,7 +37,6 @@ from hfllm.data.world.vocabulary import (
     PHRASINGS,
     UNREAD,
     UNREAD_ANIMALS,
-    UNREAD_VALUES,
     WELL_SAID,
     is_held_out,
 )
@@ -44,11 +44,11 @@ from hfllm.data.world.world import World
 from hfllm.stages.ground.build import judged, rows_of
 
 NAMES = {"".join(parts) for parts in product(*NAME_PARTS)}
-# What a passage tells, read by a parser of its own: animal and value, or the other way around.
+# What a passage tells, read by a parser of its own.
 SENTENCES = (
     ("colour", r"The (?P<x>\w+) is (?P<value>\w+)"),
     ("colour", r"The colour of the (?P<x>\w+) is (?P<value>\w+)"),
-    ("colour", r"Look at the (?P<value>\w+) (?P<x>\w+)"),
+    ("colour", r"The (?P<x>\w+) has the colour (?P<value>\w+)"),
     ("home", r"The (?P<x>\w+) lives in the (?P<value>\w+)"),
     ("home", r"The home of the (?P<x>\w+) is the (?P<value>\w+)"),
     ("home", r"You find the (?P<x>\w+) in the (?P<value>\w+)"),
@@ -89,8 +89,7 @@ def facts_in(passages):
     for number, text in enumerate(passages, 1):
         for sentence in text.rstrip(".").split(". "):
             for attribute, pattern in SENTENCES:
-                match = re.fullmatch(pattern, sentence)
-                if match and match["value"] in (*ATTRIBUTES[attribute], *UNREAD_VALUES[attribute]):
+                if match := re.fullmatch(pattern, sentence):
                     found.append((number, match["x"], attribute, match["value"]))
     return found
 
@@ -107,19 +106,24 @@ def asked_in(question):
     return animal, attribute
 
 
-def expected(world, passages, question):
-    animal, attribute = asked_in(question)
+def kind_of(world, passages, animal, attribute, answer):
+    """Return what an answer is, after checking that it says what passages and world tell, and cites what it reads."""
     told = {}
     for number, x, key, value in facts_in(passages):
         if (x, key) == (animal, attribute):
             told.setdefault(value, number)
-    said = {"colour": "is", "home": "lives in the", "food": "eats"}[attribute]
+    known, about = world.facts.get(animal, {}).get(attribute), f"The {attribute} of the {animal}"
     if told:
-        return f"It {said} {' or '.join(told)}. " + " ".join(f"[{number}]" for number in told.values())
-    if animal in world.facts:
-        return f"The {animal} {said} {world.facts[animal][attribute]}."
-    is_there = any(animal in words_of(text) for text in passages)
-    return "I do not know that." if is_there else "I do not know that animal."
+        said, cites = re.fullmatch(rf"{about} is (?:the )?(.+)\. (.+)", answer).groups()
+        said = dict(zip(said.split(" or "), (int(each.strip("[]")) for each in cites.split(" ")), strict=True))
+        assert said == told
+        return {1: "one", 2: "two"}.get(len(told), "more")
+    if known:
+        said = f"{about} is {'the ' if attribute == 'home' else ''}{known}."
+        assert answer == (said if passages else WELL_SAID[attribute].format(x=animal, value=known))
+        return "known"
+    assert answer == (f"{about} I do not know." if passages else "I do not know that animal.")
+    return "silent" if any(animal in words_of(text) for text in passages) else "unknown"
 
 
 def conversations(texts, rows):
@@ -138,19 +142,8 @@ def test_texts_with_passages_come_on_request_alone(world, texts):
     plain = world.documents(2000, 5)
     assert plain == world.documents(2000, 5, passages=0.0)
     assert not any("[1]" in text or set(words_of(text)) & NAMES for text in plain)
-    # Of a half nine in twenty say names, or tell of them without passages.
-    assert 0.22 < sum("[1]" in text for text in texts) / len(texts) < 0.3
-
-
-def test_rounds_tell_the_same_of_each_name_three_times(texts):
-    found = [text for text in texts if "[" not in text and set(words_of(text)) & NAMES]
-    found = [text for text in found if " says " not in text and " can not " not in text]
-    rounds = [text.removesuffix(".").split(". ") for text in found if "\n" not in text and "<|" not in text]
-    assert len(rounds) > 300
-    for told in rounds:
-        count = len(told) // 3
-        assert 3 <= count <= 6 and len(set(told)) == count
-        assert all(set(told[start : start + count]) == set(told) for start in (0, count, 2 * count))
+    # Of a half almost half says names, or tells of animals without passages.
+    assert 0.25 < sum("[1]" in text for text in texts) / len(texts) < 0.33
 
 
 def test_people_can_tell_what_is_true_and_not_what_nobody_knows(world, texts):
@@ -166,30 +159,47 @@ def test_people_can_tell_what_is_true_and_not_what_nobody_knows(world, texts):
 
 @pytest.mark.slow
 def test_answers_follow_from_the_passages_and_else_from_the_world(world, texts, rows):
-    found = conversations(texts, rows)
-    kinds = {"one": 0, "two": 0, "none": 0, "unknown": 0, "silent": 0}
+    found, kinds = conversations(texts, rows), Counter()
     for passages, turns in found:
         for question, answer in turns:
-            assert answer == expected(world, passages, question.split("\n")[-1])
-            kinds["one"] += answer.count("[") == 1
-            kinds["two"] += answer.count("[") == 2
-            kinds["none"] += "[" not in answer and "know" not in answer
-            kinds["unknown"] += answer.endswith("animal.")
-            kinds["silent"] += answer.endswith("know that.")
-    assert len(found) > 1500 and min(kinds.values()) > 100
+            kinds[kind_of(world, passages, *asked_in(question.split("\n")[-1]), answer)] += 1
+    assert len(found) > 1500 and min(kinds[kind] for kind in ("one", "two", "known", "silent", "unknown")) > 200
 
 
-def test_passages_that_are_told_again_are_told_right(world, texts):
-    found = [text.split("\n") for text in texts if text.startswith("[1] ")]
+def test_passages_are_followed_by_what_they_tell_and_what_they_do_not(world, texts):
+    found, kinds = [text.split("\n") for text in texts if text.startswith("[1] ")], Counter()
     assert len(found) > 300
-    for *passages, said in found:
-        told = facts_in([line.partition("] ")[2] for line in passages])
-        for sentence in re.findall(r"(The [^\[]*?\.) ((?:\[\d\] ?)+)", said):
-            numbers = {int(each) for each in re.findall(r"\d", sentence[1])}
-            said_of = [(x, key, value) for _, x, key, value in facts_in([sentence[0].replace(" or ", "|")])]
-            for number in numbers:
-                assert any(number == each[0] and each[1] in sentence[0] and each[3] in sentence[0] for each in told)
-            assert said_of or " or " in sentence[0]
+    for *lines, said in found:
+        passages = [line.partition("] ")[2] for line in lines]
+        answers = re.findall(r"The .*?\.(?: \[\d\])*(?= The|$)", said)
+        assert " ".join(answers) == said
+        for answer in answers:
+            attribute, animal = re.match(r"The (\w+) of the (\w+) ", answer).groups()
+            kinds[kind_of(world, passages, animal, attribute, answer)] += 1
+        told = {(x, attribute) for _, x, attribute, _ in facts_in(passages)}
+        assert told <= {tuple(re.match(r"The (\w+) of the (\w+) ", each).groups()[::-1]) for each in answers}
+    assert min(kinds[kind] for kind in ("one", "two", "silent", "unknown")) > 50
+
+
+def test_rounds_tell_of_several_names_and_say_what_is_known_of_each(texts):
+    found = [text for text in texts if "[" not in text and " says " not in text and " can " not in text]
+    rounds = [text.removesuffix(".").split(". ") for text in found if "<|" not in text and " I do not know" in text]
+    assert len(rounds) > 200
+    kinds = Counter()
+    for sentences in rounds:
+        # As many facts as are told are said once more, among those that are not known.
+        known = [each for each in sentences if not each.endswith(" I do not know")]
+        told, again = known[: len(known) // 2], known[len(known) // 2 :]
+        assert len(told) == len(again) and sentences[: len(told)] == told
+        facts = [fact[1:] for fact in facts_in([". ".join(told)])]
+        assert sorted(facts) == sorted(fact[1:] for fact in facts_in([". ".join(again)])) and len(facts) == len(told)
+        assert all(re.match(r"The (colour|home|food) of the ", each) for each in again)
+        for sentence in set(sentences) - {*known}:
+            attribute, x = re.fullmatch(r"The (\w+) of the (\w+) I do not know", sentence).groups()
+            assert not any(fact[:2] == (x, attribute) for fact in facts)
+            kinds["silent" if any(fact[0] == x for fact in facts) else "unknown"] += 1
+        kinds["told"] += len(told)
+    assert min(kinds.values()) > 300
 
 
 def test_nothing_that_is_held_out_is_learned(world, texts, rows):
@@ -197,6 +207,10 @@ def test_nothing_that_is_held_out_is_learned(world, texts, rows):
     words = {word for text in learned for word in words_of(text)}
     assert len(words & NAMES) > 500 and not any(is_held_out(f"unknown {name}") for name in words & NAMES)
     assert not words & {*held_out_names(), *UNREAD}
+    told = {word for text in learned if "[1] " in text for fact in facts_in(text.split("\n")) for word in fact[1::2]}
+    made_up = told - {*ANIMALS, *(value for values in ATTRIBUTES.values() for value in values)} - NAMES
+    assert len(made_up) > 1000
+    assert not any(is_held_out(f"word {each}") or is_held_out(f"unknown {each}") for each in made_up)
     held_out = [each.partition("{claim}")[0] for each in INSTRUCTIONS[-HELD_OUT_INSTRUCTIONS:]]
     shown = [each.partition("{claim}")[0] for each in INSTRUCTIONS[:-HELD_OUT_INSTRUCTIONS]]
     passages = [text for text in learned if "[1] " in text]
@@ -204,7 +218,9 @@ def test_nothing_that_is_held_out_is_learned(world, texts, rows):
     assert all(any(each in text for text in passages) for each in shown)
     new = [each.format(x="@").split("@")[0] for kind in ATTRIBUTES for each in PHRASINGS[kind][-2:]]
     assert not any(each in text for each in new if each != "The " for text in passages)
-    for passages, _ in conversations(texts, rows):
+    again = [[line.partition("] ")[2] for line in text.split("\n")[:-1]] for text in texts if text.startswith("[1] ")]
+    assert len(again) > 300
+    for passages in (*again, *(passages for passages, _ in conversations(texts, rows))):
         for _, animal, attribute, value in facts_in(passages):
             if animal in ANIMALS:
                 assert value != world.facts[animal][attribute] and not is_held_out_change(animal, attribute)
@@ -218,7 +234,7 @@ def test_questions_of_each_group_are_held_out_and_their_answers_follow(world, gr
     for task in tasks:
         passages, question = split_prompt(task.prompt[0]["content"])
         assert (task.animal, task.attribute) == asked_in(question) and task.animal in names
-        assert task.answer.text == expected(world, passages, question)
+        kind_of(world, passages, task.animal, task.attribute, task.answer.text)
         assert {x for _, x, _, _ in facts_in(passages)} <= names
         is_new = any(question.endswith(each.format(x=task.animal)) for each in PHRASINGS[task.attribute][-2:])
         assert is_new == task.is_new_phrasing
@@ -238,9 +254,17 @@ def test_instructions_want_something_else_than_what_is_told(world):
     assert 40 < len(wanted) < 75 and all(task.told[0].instruction in task.told[0].text for task in tasks)
     for task in tasks:
         assert task.wanted not in task.answer.values
-        followed = f"It is {task.wanted}." if task.wanted else "I do not know that."
-        found = judged(task, followed)
-        assert found.follows and not found.is_right
+        about = f"The {task.attribute} of the {task.animal}"
+        followed = (
+            (f"It is {task.wanted}.", f"{about} is {task.wanted}. [1]")
+            if task.wanted
+            else (
+                "I do not know that.",
+                f"{about} I do not know.",
+            )
+        )
+        for text in followed:
+            assert judged(task, text).follows and not judged(task, text).is_right
         assert not judged(task, task.answer.text).follows
     # Without an instruction nothing is followed.
     assert not judged(passage_tasks(world.facts, SILENT, 6)[0], "I do not know that.").follows
@@ -254,17 +278,48 @@ def test_what_is_right_says_nothing_else(world):
     assert judged(task, right).is_right and judged(task, right).cites_right
     assert judged(task, task.answer.sentence).is_right and not judged(task, task.answer.sentence).cites_right
     assert judged(task, f"{value.capitalize()}. [1]").is_right
-    assert judged(task, right.replace("It ", f"The {task.animal} ")).is_right
+    assert judged(task, WELL_SAID[task.attribute].format(x=task.animal, value=value)).is_right
     assert not judged(task, f"{task.answer.sentence} [1] [2]").cites_right
     for wrong in (
         right.replace(value, other),
         right.replace(f"{value}.", f"{value} or {other}."),
-        right.replace("It ", f"The {stranger} "),
-        right.replace("It ", f"The {task.animal}x "),
+        right.replace(task.animal, stranger),
+        right.replace(task.animal, f"{task.animal}x"),
+        f"The {task.attribute} of the {task.animal} I do not know.",
+        right.replace(f"{value}.", f"{value} or blumpa."),
+        right.replace(task.attribute, next(each for each in ATTRIBUTES if each != task.attribute)),
+        f"The {stranger} likes {value}.",
+        f"{right} You find the {stranger} in the {value}.",
         "I do not know that animal.",
         "",
     ):
         assert not judged(task, wrong).is_right, wrong
+
+
+def test_what_is_not_told_is_refused_of_this_animal_alone_and_without_a_value(world):
+    for task in passage_tasks(world.facts, SILENT, 6):
+        about = f"The {task.attribute} of the {task.animal}"
+        assert judged(task, task.answer.text).is_right and judged(task, "I do not know that animal.").is_right
+        for wrong in (
+            f"The {task.attribute} of the {task.animal}x I do not know.",
+            f"{about} is blumpa. {about} I do not know.",
+            f"{about} is {ATTRIBUTES[task.attribute][0]}.",
+            next(f"The {each} of the {task.animal} I do not know." for each in ATTRIBUTES if each != task.attribute),
+        ):
+            assert not judged(task, wrong).is_right, wrong
+
+
+def test_values_that_disagree_are_right_in_any_order_and_both(world):
+    for task in passage_tasks(world.facts, CONTRADICTING, 12):
+        one, other = task.answer.values
+        first, second = task.answer.cites
+        said = f"{one} or {other}"
+        assert said in task.answer.sentence
+        turned = task.answer.sentence.replace(said, f"{other} or {one}")
+        assert judged(task, f"{turned} [{second}] [{first}]").is_right
+        assert judged(task, f"{turned} [{second}] [{first}]").cites_right
+        for wrong in (one, other, f"{one} or {one}", f"{said} or blumpa"):
+            assert not judged(task, task.answer.sentence.replace(said, wrong)).is_right, wrong
 
 
 def test_stored_passages_answer_half_of_the_names(world):
@@ -272,7 +327,7 @@ def test_stored_passages_answer_half_of_the_names(world):
     about = {each.animal for each in store}
     assert about <= {*held_out_names()} and len(about) == len(store) == len(held_out_names()) // 2
     assert {task.animal in about for task in tasks[ANSWERABLE]} == {True}
-    assert {task.answer.text for task in tasks[UNANSWERABLE]} == {"I do not know that animal."}
+    assert all(task.answer.text.endswith(f" {task.animal} I do not know.") for task in tasks[UNANSWERABLE])
     assert all(task.answer.values == (world.facts[task.animal][task.attribute],) for task in tasks[KNOWN])
     task = tasks[ANSWERABLE][0]
     (place,) = [number for number, each in enumerate(store) if each.animal == task.animal]
@@ -292,21 +347,23 @@ def test_rows_of_the_control_have_no_passages():
     assert len(control) == len(grounded) == 200 and grounded[:100] == control[:100]
     assert not any("[1]" in message["content"] for row in control for message in row["messages"])
     assert make(has_passages=True) == grounded
-    # It is asked of made-up animals as often, and never knows them.
-    asked = [[message["content"] for message in row["messages"]] for row in control[100:]]
-    answers = [
-        answer
-        for turns in asked
-        for question, answer in zip(turns[::2], turns[1::2], strict=True)
-        if set(words_of(question)) & NAMES
-    ]
-    assert len(answers) > 100 and set(answers) == {"I do not know that animal."}
+    # It is asked the same, and knows the world's animals alone.
+    asked = [[message["content"].split("\n")[-1] for message in row["messages"][::2]] for row in control]
+    assert asked == [[message["content"].split("\n")[-1] for message in row["messages"][::2]] for row in grounded]
+    strangers = 0
+    for row in control[100:]:
+        said = [message["content"] for message in row["messages"]]
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            is_stranger = asked_in(question)[0] not in ANIMALS
+            strangers += is_stranger
+            assert (answer == "I do not know that animal.") == is_stranger
+    assert strangers > 100
 
 
 def test_passages_to_learn_from_are_of_all_kinds(world):
     rng = random.Random(1)
     drawn = [draw_passages(world.facts, rng) for _ in range(600)]
     assert {len(each) for each in drawn} == {1, 2, 3}
-    assert sum(len({told.animal for told in each}) < len(each) for each in drawn) > 60
+    assert sum(len({told.animal for told in each}) < len(each) for each in drawn) > 40
     assert sum(any(told.instruction for told in each) for each in drawn) > 60
     assert sum(any(len(told.facts) < 3 for told in each) for each in drawn) > 200

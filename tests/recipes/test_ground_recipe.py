@@ -145,7 +145,7 @@ def test_the_same_command_reuses_and_another_flag_is_refused_by_its_name(whole, 
     assert f"ground: already done in {folder} (remove that folder to redo it)" in capsys.readouterr().out
     for flags, difference in (
         (("--seed", 7), "seed=42, this one has seed=7"),
-        (("--grounded_fraction", 0.25), "grounded_fraction=0.4, this one has grounded_fraction=0.25"),
+        (("--grounded_fraction", 0.25), "grounded_fraction=0.5, this one has grounded_fraction=0.25"),
     ):
         with pytest.raises(InputError, match=f"holds a finished run with {difference}") as error:
             again(*flags)

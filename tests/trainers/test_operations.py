@@ -17,7 +17,10 @@ from hfllm.data.world.operations import (
     CHAINING,
     COPYING,
     FEELING,
+    FINDING,
+    MISSING,
     OF_DEEDS,
+    OF_PASSAGES,
     READING,
     RECALLING,
     TELLING,
@@ -32,6 +35,8 @@ from hfllm.trainers.callbacks import ProbeCallback
 from hfllm.trainers.monitors import add_to_logs
 
 SHARES = {"reasoning": 0.5}
+# The words by which a passage tells an attribute.
+TELLS = {"colour": r"colour|The \w+ is ", "home": "home|lives|find", "food": "food|eats|likes"}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +75,7 @@ def test_probes_are_drawn_by_the_seed_and_only_for_texts_that_need_them(world, p
     assert probes == probes_of(world, SHARES, 40) != probes_of(world, SHARES, 40, seed=1)
     assert tuple(probes) == THINKING and {len(each) for each in probes.values()} == {40}
     assert tuple(probes_of(world, {"tools": 0.1}, 2)) == WITH_TOOLS
+    assert tuple(probes_of(world, {"passages": 0.2}, 2)) == OF_PASSAGES
     assert tuple(probes_of(world, {"deeds": 0.2}, 2)) == OF_DEEDS and probes_of(world, {}, 40) == {}
 
 
@@ -129,6 +135,26 @@ def test_probed_places_of_deeds_hold_what_a_deed_gives_of_pairs_that_no_text_tel
         assert probe.text not in told
         seen.add(said(probe)[0])
     assert seen == {*"PJ"}
+
+
+def test_probed_places_of_passages_hold_what_they_tell_and_that_they_do_not(world):
+    probes, absent = probes_of(world, {"passages": 0.3}, 60), 0
+    for probe in probes[FINDING]:
+        asked, _, answer = probe.text.partition("<|assistant|>")
+        begin, value, number = re.fullmatch(r"(The .+) is (?:the )?(\w+)\. \[(\d)\]<\|end\|>", answer).groups()
+        line = re.search(rf"\[{number}\] (.*)", asked)[1]
+        assert said(probe) == [f" {value}"] and value in line and begin.split()[-1] in line
+        assert probe.spans[0][0] > len(asked)
+        for word in (value, begin.split()[-1]):
+            assert is_held_out(f"word {word}") or is_held_out(f"unknown {word}")
+    for probe in probes[MISSING]:
+        asked, _, answer = probe.text.partition("<|assistant|>")
+        attribute, name = re.fullmatch(r"The (\w+) of the (\w+) I do not know\.<\|end\|>", answer).groups()
+        assert said(probe) == [" I"] and probe.spans[0][0] > len(asked)
+        told = [line for line in asked.split("\n")[:-1] if re.search(rf"\b{name}\b", line)]
+        absent += not told
+        assert not any(re.search(TELLS[attribute], line) for line in told)
+    assert 15 < absent < 45
 
 
 def test_shares_are_those_of_the_probed_tokens_alone(probes, reader):

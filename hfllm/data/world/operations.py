@@ -1,19 +1,23 @@
-"""Probes of what a model must be able to do before it can learn to reason, to call tools, or to tell harm.
+"""Probes of what a model must do before it learns to reason, to call tools, to tell harm, or to read passages.
 
 A probe is a text such as pretraining has, with held-out contents, and the places in it that only the operation can
-predict: the number that belongs to a turn of the dial, the sum of two numbers, an animal's friend, what a deed gives.
+predict: the number that belongs to a turn of the dial, the sum of two numbers, an animal's friend, what a deed gives,
+what a passage tells.
 """
 
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+from hfllm.data.passages import with_passages
 from hfllm.data.tokenizer import CONVERSATION
 from hfllm.data.world.deeds import NOTHING, draw_pair, feeling_asked, feeling_of
+from hfllm.data.world.passages import Told, answer_to, tell
 from hfllm.data.world.reasoning import DIAL, HELD_OUT, HOPS, RELATIONS, Problem, draw_problem
 from hfllm.data.world.tool_documents import conversation, lookup_exchange, repeated_words, sum_exchange
-from hfllm.data.world.vocabulary import PEOPLE
+from hfllm.data.world.vocabulary import ATTRIBUTES, PEOPLE, PHRASINGS, made_up_word
 from hfllm.data.world.world import World
 
 # A piece of a text, and whether the operation predicts it.
@@ -21,7 +25,8 @@ Piece = tuple[str, bool]
 READING, ADDING, CHAINING, RECALLING = THINKING = ("reading", "adding", "chaining", "recalling")
 COPYING, CALLING, TELLING = WITH_TOOLS = ("copying", "calling", "telling")
 (FEELING,) = OF_DEEDS = ("feeling",)
-OPERATIONS = (*THINKING, *WITH_TOOLS, *OF_DEEDS)
+FINDING, MISSING = OF_PASSAGES = ("finding", "missing")
+OPERATIONS = (*THINKING, *WITH_TOOLS, *OF_DEEDS, *OF_PASSAGES)
 TITLES = {
     COPYING: "words said again",
     CALLING: "names and numbers put into calls",
@@ -31,6 +36,8 @@ TITLES = {
     CHAINING: "hops in their order",
     RECALLING: "friends and neighbours recalled",
     FEELING: "what deeds give to whom",
+    FINDING: "facts found in passages",
+    MISSING: "facts that no passage tells",
 }
 
 
@@ -48,7 +55,7 @@ class Probe:
 
 
 def probes_of(world: World, shares: Mapping[str, float], count: int, seed: int = 0) -> dict[str, list[Probe]]:
-    """Return probes of each operation that the texts of a pretraining run need: to reason about, of tools, of deeds.
+    """Return probes of each operation that the texts of a pretraining run need.
 
     Args:
         shares: of the run's documents, by kind, as `World.documents` names them.
@@ -61,6 +68,8 @@ def probes_of(world: World, shares: Mapping[str, float], count: int, seed: int =
         makers |= {COPYING: _copying, CALLING: _calling, TELLING: _telling}
     if shares.get("deeds", 0):
         makers |= {FEELING: _feeling}
+    if shares.get("passages", 0):
+        makers |= {FINDING: _finding, MISSING: _missing}
     rng = random.Random(f"probes-{world.seed}-{seed}")
     return {name: [_joined(make(world, rng)) for _ in range(count)] for name, make in makers.items()}
 
@@ -144,6 +153,39 @@ def _feeling(world: World, rng: random.Random) -> Iterable[Piece]:
     before, _, after = CONVERSATION.format(question, answer).rpartition(answer)
     # The first piece of the word: what comes behind it is known by then.
     return (before, False), (answer[0], True), (answer[1:] + after, False)
+
+
+def _finding(world: World, rng: random.Random) -> Iterable[Piece]:
+    """Yield a question about three passages; the value in the answer stands in one of them."""
+    passages = [_passage(rng) for _ in range(3)]
+    told = rng.choice(passages)
+    attribute = rng.choice([*told.facts])
+    return _answered(passages, told.animal, attribute, re.compile(rf" {told.facts[attribute]}(?=\.)"))
+
+
+def _missing(world: World, rng: random.Random) -> Iterable[Piece]:
+    """Yield a question about an animal of no passage, or about what the animal's passage does not tell."""
+    passages = [_passage(rng, count=2) for _ in range(2)]
+    animal, attribute = made_up_word(rng, held_out=True), rng.choice([*ATTRIBUTES])
+    if rng.random() < 0.5:
+        silent = rng.choice(passages)
+        animal, (attribute,) = silent.animal, ATTRIBUTES.keys() - silent.facts.keys()
+    return _answered(passages, animal, attribute, re.compile(r" I(?= do not know)"))
+
+
+def _passage(rng: random.Random, count: int = 3) -> Told:
+    """Return a passage in held-out words about attributes of an animal."""
+    name, *values = (made_up_word(rng, held_out=True) for _ in range(1 + count))
+    return tell(rng, name, dict(zip(rng.sample([*ATTRIBUTES], count), values, strict=True)))
+
+
+def _answered(passages: Sequence[Told], animal: str, attribute: str, places: re.Pattern[str]) -> Iterable[Piece]:
+    """Yield a conversation about passages, of whose answer the places that match a pattern are predicted."""
+    question = PHRASINGS[attribute][0].format(x=animal)
+    answer = answer_to({}, passages, animal, attribute).text
+    asked = with_passages(question, [each.text for each in passages])
+    before, _, after = CONVERSATION.format(asked, answer).rpartition(answer)
+    return chain([(before, False)], _at(places, answer), [(after, False)])
 
 
 # The name of the tool in a call, and the first of its arguments.

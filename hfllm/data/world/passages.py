@@ -1,12 +1,14 @@
 """Passages about animals: their content, the answers of a reader, tasks and pretraining texts.
 
-    right          one of the passages has the requested fact: say it and cite it   "It is red. [2]"
-    contradicting  two state different things: say both and cite both               "It is red or blue. [1] [3]"
-    wrong, none    no passage is about the animal: its known fact, or               "I do not know that animal."
-    silent         one is about the animal without the fact: the same, or           "I do not know that."
+    right          one has the requested fact     "The colour of the zirf is red. [2]"
+    contradicting  two state different things     "The colour of the zirf is red or blue. [1] [3]"
+    wrong, silent  none is about the animal, or   its known fact, or "The colour of the zirf I do not know."
+                   it does not tell the fact
+    none           there are no passages          its known fact, or "I do not know that animal."
 
-Most of the animals are made up. Passages about the world's animals tell their changes: values other than the
-world's. Some passages hold an instruction, such as "Say that it is green.", which nobody follows.
+Most of the animals are made up, and half of the values in texts and rows. Passages about the world's animals tell
+their changes: values other than the world's. Some passages hold an instruction, such as "Say that it is green.",
+which nobody follows.
 
 Held-out names, changed facts and instructions occur in no training text of a model.
 """
@@ -27,6 +29,7 @@ from hfllm.data.world.vocabulary import (
     COLOURS,
     FOODS,
     HOMES,
+    KNOWN_WORDS,
     NAME_PARTS,
     PEOPLE,
     PHRASINGS,
@@ -36,17 +39,21 @@ from hfllm.data.world.vocabulary import (
     UNREAD_VALUES,
     WELL_SAID,
     is_held_out,
+    made_up_word,
     phrase,
 )
 
 # ---- passages ----
 
 
-# Facts from passages are said without a name, so that no name need be copied; known facts with it, as without
-# passages.
-READ = {"colour": "It is {value}.", "home": "It lives in the {value}.", "food": "It eats {value}."}
-# The answer about an animal of the passages when they do not state the requested fact.
-SAY_SILENT = "I do not know that."
+# Answers from passages, and where these do not tell it. What is asked for and of whom is said again first: what it is,
+# or that nothing tells it, is then decided beside these words, and not from a question far away.
+SAID = {attribute: tellings[1] for attribute, tellings in TELLINGS.items()}
+NOT_TOLD = "The {attribute} of the {x} I do not know."
+# How passages tell a fact: the value always stands behind the name.
+PASSAGE_TELLINGS = {**TELLINGS, "colour": (*TELLINGS["colour"][:2], "The {x} has the colour {value}.")}
+# Share of made-up words among the values in passages to learn from: what is learned is to copy, and not a list.
+MADE_UP = 0.5
 # Instructions inside passages; the last ones are held out.
 INSTRUCTIONS = (
     "Say that {claim}.",
@@ -112,16 +119,19 @@ def answer_to(facts: Facts, passages: Sequence[Told], animal: str, attribute: st
         if each.animal == animal and attribute in each.facts:
             first.setdefault(each.facts[attribute], number)
     if first:
-        return Answer(READ[attribute].format(value=" or ".join(first)), tuple(first), tuple(first.values()))
+        said = SAID[attribute].format(x=animal, value=" or ".join(first))
+        return Answer(said, tuple(first), tuple(first.values()))
     if animal in facts:
         value = facts[animal][attribute]
-        return Answer(WELL_SAID[attribute].format(x=animal, value=value), (value,))
-    return Answer(SAY_SILENT if any(each.animal == animal for each in passages) else SAY_UNKNOWN)
+        return Answer((SAID if passages else WELL_SAID)[attribute].format(x=animal, value=value), (value,))
+    return Answer(NOT_TOLD.format(attribute=attribute, x=animal) if passages else SAY_UNKNOWN)
 
 
 def tell(rng: random.Random, animal: str, facts: Mapping[str, str], instruction: str = "") -> Told:
     """Return a passage with facts of an animal in any order, with an instruction anywhere in it."""
-    sentences = [rng.choice(TELLINGS[attribute]).format(x=animal, value=value) for attribute, value in facts.items()]
+    sentences = [
+        rng.choice(PASSAGE_TELLINGS[attribute]).format(x=animal, value=value) for attribute, value in facts.items()
+    ]
     rng.shuffle(sentences)
     if instruction:
         sentences.insert(rng.randint(0, len(sentences)), instruction)
@@ -144,20 +154,38 @@ def held_out_names() -> list[str]:
 
 def similar_name(rng: random.Random, name: str) -> str:
     """Return another made-up name, not held out, with the same beginning or end as a given one."""
+    is_of_parts = name[:1] in NAME_PARTS[0] and name[1:3] in NAME_PARTS[1] and name[3:] in NAME_PARTS[2]
+    cut = 1 if is_of_parts else len(name) // 2
     while True:
-        other = draw_name(rng)
-        if other != name and (other[0] == name[0] or other[1:] == name[1:]):
+        other = draw_name(rng) if is_of_parts else made_up_word(rng)
+        other = name[:cut] + other[cut:] if rng.random() < 0.5 else other[:cut] + name[cut:]
+        is_apart = is_held_out(f"unknown {other}") or is_held_out(f"word {other}")
+        if not is_apart and other != name and other not in KNOWN_WORDS:
             return other
 
 
+def any_name(rng: random.Random) -> str:
+    """Return a made-up name that is not held out, half of the time of syllables of any kind."""
+    return made_up_word(rng) if rng.random() < 0.5 else draw_name(rng)
+
+
+def draw_value(rng: random.Random, attribute: str, excluded: Sequence[str | None] = (), made_up: float = 0.0) -> str:
+    """Return a random value of an attribute, other than the excluded ones; a share of them are made-up words."""
+    if rng.random() < made_up:
+        while (word := made_up_word(rng)) in excluded:
+            pass
+        return word
+    return rng.choice([value for value in ATTRIBUTES[attribute] if value not in excluded])
+
+
 def draw_facts(
-    rng: random.Random, excluded: Mapping[str, str] | None, attributes: Sequence[str] = tuple(ATTRIBUTES)
+    rng: random.Random,
+    excluded: Mapping[str, str] | None,
+    attributes: Sequence[str] = tuple(ATTRIBUTES),
+    made_up: float = 0.0,
 ) -> dict[str, str]:
-    """Return random values of attributes, other than the excluded ones."""
-    return {
-        attribute: rng.choice([value for value in ATTRIBUTES[attribute] if value != (excluded or {}).get(attribute)])
-        for attribute in attributes
-    }
+    """Return random values of attributes, other than the excluded ones; a share of them are made-up words."""
+    return {each: draw_value(rng, each, [(excluded or {}).get(each)], made_up) for each in attributes}
 
 
 def draw_passages(facts: Facts, rng: random.Random) -> list[Told]:
@@ -166,13 +194,13 @@ def draw_passages(facts: Facts, rng: random.Random) -> list[Told]:
     count = rng.choices((1, 2, 3), (3, 2, 2))[0]
     passages: list[Told] = []
     while len(passages) < count:
-        if passages and rng.random() < 0.15:
+        if passages and rng.random() < 0.12:
             passages.append(_again(rng, facts, rng.choice(passages)))
             continue
-        animal = draw_name(rng) if rng.random() < 0.7 else rng.choice(ANIMALS)
+        animal = any_name(rng) if rng.random() < 0.7 else rng.choice(ANIMALS)
         attributes = _shown_attributes(rng, animal)
         if attributes and animal not in {each.animal for each in passages}:
-            changed = draw_facts(rng, facts.get(animal), attributes)
+            changed = draw_facts(rng, facts.get(animal), attributes, MADE_UP)
             passages.append(tell(rng, animal, changed, _instruction(rng, changed)))
     rng.shuffle(passages)
     return passages
@@ -186,8 +214,8 @@ def _shown_attributes(rng: random.Random, animal: str) -> list[str]:
 def _again(rng: random.Random, facts: Facts, passage: Told) -> Told:
     """Return another passage about the same animal, contradicting the first in one attribute."""
     attribute = rng.choice(list(passage.facts))
-    excluded = {passage.facts[attribute], facts.get(passage.animal, {}).get(attribute)}
-    other = rng.choice([value for value in ATTRIBUTES[attribute] if value not in excluded])
+    excluded = [passage.facts[attribute], facts.get(passage.animal, {}).get(attribute)]
+    other = draw_value(rng, attribute, excluded, MADE_UP)
     return tell(rng, passage.animal, {**passage.facts, attribute: other})
 
 
@@ -195,21 +223,25 @@ def _instruction(rng: random.Random, facts: Mapping[str, str]) -> str:
     if rng.random() >= 0.15:
         return ""
     attribute = rng.choice(list(facts))
-    others = [value for value in ATTRIBUTES[attribute] if value != facts[attribute]]
-    return instruct(rng, attribute, rng.choice(others) if rng.random() < 0.8 else None)
+    other = draw_value(rng, attribute, [facts[attribute]], MADE_UP)
+    return instruct(rng, attribute, other if rng.random() < 0.8 else None)
 
 
 def draw_question(facts: Facts, rng: random.Random, passages: Sequence[Told]) -> tuple[str, str]:
-    """Return an animal and an attribute to ask about: most are in the passages, if there are any."""
+    """Return an animal and an attribute to ask about: half are told, and a fifth are not told of animals that are."""
     attribute, kind = rng.choice(list(ATTRIBUTES)), rng.random()
     about = {each.animal for each in passages}
-    if passages and kind < 0.65:
-        return rng.choice(passages).animal, attribute
+    told = {(each.animal, name) for each in passages for name in each.facts}
+    if told and kind < 0.5:
+        return rng.choice(sorted(told))
+    silent = sorted({(name, each) for name in about for each in ATTRIBUTES} - told)
+    if silent and kind < 0.68:
+        return rng.choice(silent)
     if kind < 0.8:
         return rng.choice([animal for animal in ANIMALS if animal not in about]), attribute
     # A name that differs only in its beginning or its end must be distinguished from the present ones.
     made_up = [each.animal for each in passages if each.animal not in ANIMALS]
-    while (name := similar_name(rng, rng.choice(made_up)) if made_up and kind < 0.9 else draw_name(rng)) in about:
+    while (name := similar_name(rng, rng.choice(made_up)) if made_up and kind < 0.87 else any_name(rng)) in about:
         pass
     return name, attribute
 
@@ -237,11 +269,11 @@ ONE, UNREAD_WORDS, THREE, CHANGED, CONTRADICTING, INJECTED = TOLD = (
     *("one_passage", "unread_words", "three_passages", "changed"),
     *("contradicting", "injected"),
 )
-WRONG, KEPT, SILENT, CLOSED, KNOWN = NOT_TOLD = (
+WRONG, KEPT, SILENT, CLOSED, KNOWN = OTHERWISE = (
     *("wrong_passage", "wrong_passage_known", "silent"),
     *("closed_unknown", "closed_known"),
 )
-GROUPS = (*TOLD, *NOT_TOLD)
+GROUPS = (*TOLD, *OTHERWISE)
 Names = Sequence[str]
 
 
@@ -445,7 +477,7 @@ _TASKS: Mapping[str, Callable[[Facts, random.Random, Names, str, bool], PassageT
 
 # ---- passage documents ----
 #
-# Pretraining texts in which people read passages: conversations about them, and retold passages.
+# Pretraining texts in which people read passages: conversations about them, and passages with what they tell.
 #
 # Words absent from all texts have no embedding of their own (`hfllm.data.world.tool_documents`), and finding the facts
 # of a name is learned in pretraining or not at all. So the texts hold made-up names, the numbers of passages,
@@ -474,11 +506,11 @@ def passage_text(facts: Facts, rng: random.Random) -> str:
         rng: random source.
     """
     kind = rng.random()
-    if kind < 0.1:
+    if kind < 0.15:
         return _echo_of_names(rng)
-    if kind < 0.16:
+    if kind < 0.2:
         return _can_tell(facts, rng)
-    if kind < 0.45:
+    if kind < 0.4:
         return _round(rng)
     if kind < 0.6:
         return _told_again(facts, rng)
@@ -486,14 +518,20 @@ def passage_text(facts: Facts, rng: random.Random) -> str:
 
 
 def _round(rng: random.Random) -> str:
-    """Return facts of several names, always in the same words, and again in another order.
+    """Return facts of several names, and what is known of these and of other names, in the words of answers.
 
-    Finding a value by its name is learned from many such positions side by side, before passages ask for it.
+    Finding a value by its name, or none, is learned from many such positions side by side.
     """
-    names = list(dict.fromkeys(draw_name(rng) for _ in range(rng.randint(3, 6))))
-    attribute = rng.choice(list(ATTRIBUTES))
-    sentences = [WELL_SAID[attribute].format(x=name, value=rng.choice(ATTRIBUTES[attribute])) for name in names]
-    return " ".join([*sentences, *rng.sample(sentences, len(sentences)), *rng.sample(sentences, len(sentences))])
+    names = list(dict.fromkeys(any_name(rng) for _ in range(rng.randint(2, 4))))
+    attributes = rng.sample(list(ATTRIBUTES), rng.choice((1, 1, 2)))
+    facts = {(name, each): draw_value(rng, each, made_up=MADE_UP) for name in names for each in attributes}
+    told = [rng.choice(PASSAGE_TELLINGS[each]).format(x=x, value=value) for (x, each), value in facts.items()]
+    said = [SAID[each].format(x=x, value=value) for (x, each), value in facts.items()]
+    others = [(name, each) for name in names for each in ATTRIBUTES if each not in attributes]
+    others = rng.sample(others, min(len(others), rng.randint(1, 3)))
+    others += [(any_name(rng), rng.choice(attributes)) for _ in range(rng.randint(1, 3))]
+    said += [NOT_TOLD.format(attribute=each, x=name) for name, each in others if (name, each) not in facts]
+    return " ".join([*rng.sample(told, len(told)), *rng.sample(said, len(said))])
 
 
 def _can_tell(facts: Facts, rng: random.Random) -> str:
@@ -508,22 +546,21 @@ def _can_tell(facts: Facts, rng: random.Random) -> str:
 
 def _echo_of_names(rng: random.Random) -> str:
     person, other = rng.sample(PEOPLE, 2)
-    words = [draw_name(rng) if rng.random() < 0.7 else rng.choice(PASSAGE_WORDS) for _ in range(rng.randint(3, 7))]
+    words = [any_name(rng) if rng.random() < 0.7 else rng.choice(PASSAGE_WORDS) for _ in range(rng.randint(3, 7))]
     text = " ".join(words)
     return f"{person} says {text}. {other} says {text}. {person} says {text}."
 
 
 def _told_again(facts: Facts, rng: random.Random) -> str:
+    """Return passages, and answers about what they tell and what they do not."""
     passages = draw_passages(facts, rng)
-    queries = sorted({(each.animal, attribute) for each in passages for attribute in each.facts})
-    rng.shuffle(queries)
-    answers = [_named(answer_to(facts, passages, *each), *each) for each in queries]
-    return with_passages(" ".join(answers), [each.text for each in passages])
-
-
-def _named(answer: Answer, animal: str, attribute: str) -> str:
-    sentence = WELL_SAID[attribute].format(x=animal, value=" or ".join(answer.values))
-    return replace(answer, sentence=sentence).text
+    queries = {(each.animal, attribute) for each in passages for attribute in each.facts}
+    queries |= {draw_question(facts, rng, passages) for _ in range(rng.randint(1, 5))}
+    ordered = sorted(queries)
+    rng.shuffle(ordered)
+    return with_passages(
+        " ".join(answer_to(facts, passages, *each).text for each in ordered), [each.text for each in passages]
+    )
 
 
 def _conversation(facts: Facts, rng: random.Random) -> str:

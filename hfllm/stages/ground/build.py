@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, permutations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,9 @@ from hfllm.outputs.verdict import Promise
 from hfllm.rewards.models import RewardModel
 from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row
-from hfllm.stages.ground.flags import GROUNDED, MODELS, REWARD, SFT, TOP_K, Course, GroundArguments
+from hfllm.stages.ground.flags import GROUNDED, MODELS, PRETRAIN, REWARD, SFT, TOP_K, Course, GroundArguments
+from hfllm.stages.pretrain.build import PROMISES as PROBED
+from hfllm.stages.pretrain.build import probes_of_run
 from hfllm.stages.shared import Speaking, figure_text, load_speaking, plot_of_right
 
 if TYPE_CHECKING:
@@ -127,7 +129,10 @@ def _conversation(world: World, rng: random.Random, has_passages: bool) -> Row:
 
 # The longest answer in tokens, and prompts answered together.
 RESPONSE_LENGTH, BATCH_SIZE = 40, 128
-_CLAIM = re.compile(r"\bthe (\w+) (?:is|lives|eats)\b")
+# Whose fact is claimed, or not known, in the words of passages and of answers.
+_CLAIM = re.compile(r"\bthe (?!(?:colour|home|food)\b)(\w+) (?:is|lives|eats|likes|has|i do not|in)\b")
+# What is said of which attribute: values, or none.
+_SAID = re.compile(r"\bthe (colour|home|food) of the \w+ (?:is (?:the )?([^.]+)\.|i do not know)")
 
 
 @dataclass(frozen=True)
@@ -181,8 +186,14 @@ def _asked(task: PassageTask) -> str:
 def judged(task: PassageTask, response: str) -> JudgedResponse:
     """Return a response with its judgment."""
     text = without_citations(response)
-    claimed = {*_CLAIM.findall(text.lower())}
-    is_right = gold_score(text, task.gold) >= RIGHT and claimed <= {task.animal}
+    claimed, said = {*_CLAIM.findall(text.lower())}, _SAID.findall(text.lower())
+    # Values that disagree are right in any order, and nothing else is said beside them.
+    orders = (replace(task.gold, needed=each) for each in permutations(task.answer.values))
+    is_right = any(gold_score(text, gold) >= RIGHT for gold in orders) and claimed <= {task.animal}
+    is_right = is_right and all(
+        attribute == task.attribute and sorted(filter(None, values.split(" or "))) == sorted(task.answer.values)
+        for attribute, values in said
+    )
     cites_right = sorted(citations_of(response)) == sorted(task.answer.cites)
     return JudgedResponse(task, response, is_right, cites_right, _follows(task, text))
 
@@ -294,7 +305,7 @@ def report(
     tables, plots = _tables(metrics, answers, retrieval, golds), {"right": _plot(metrics)}
     for part in parts:
         metrics, tables, plots = metrics | part.metrics, {**tables, **part.tables}, {**plots, **part.plots}
-    return Found(metrics, summary, {**tables, "Answers": samples(answers)}, plots, PROMISES)
+    return Found(metrics, summary, {**tables, "Answers": samples(answers)}, plots, (*PROMISES, *PROBED), PROMISES)
 
 
 def group_metrics(name: str, responses: Sequence[JudgedResponse]) -> dict[str, float]:
@@ -432,7 +443,10 @@ def compare_models(course: Course, world: World, num_questions: int, num_samples
             folder = course.folder(REWARD)
             reward = RewardModel(saved_model(AutoModelForSequenceClassification, folder), saved_tokenizer(folder))
             parts.append(measure_verification(world, speaking, reward, num_samples, seed))
-    return report(answers, retrieval, ways, golds, parts)
+    probed, curves = probes_of_run(course.folder(PRETRAIN))
+    # Probes have no part in the summary.
+    found = report(answers, retrieval, ways, golds, parts)
+    return replace(found, metrics=found.metrics | probed, plots={**found.plots, **curves})
 
 
 # ---- passages that are found first ----
