@@ -231,7 +231,7 @@ LABELS = {
 SAMPLES_EACH = 2
 PROMISES = tuple(
     Promise(f"{LABELS[group]}: right", f"{GROUNDED}_{group}_right", f"{SFT}_{group}_right", "one " + TITLES[SFT])
-    for group in (ONE, THREE, CHANGED, CONTRADICTING)
+    for group in (ONE, UNREAD_WORDS, THREE, CHANGED, CONTRADICTING, WRONG, SILENT)
 )
 WAYS = {
     "three in one prompt": f"{GROUNDED}_{THREE}",

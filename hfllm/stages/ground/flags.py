@@ -84,7 +84,7 @@ class Course(pipeline.Course):
     """The runs of the recipe."""
 
     stage = "ground"
-    minutes = {PRETRAIN: 3, SFT: 0.6, GROUNDED: 1.2, REWARD: 0.7}
+    minutes = {PRETRAIN: 5, SFT: 1, GROUNDED: 1.5, REWARD: 0.7}
 
 
 def course_of(script_args: GroundArguments, model_args: "ModelConfig") -> Course:
