@@ -229,9 +229,15 @@ LABELS = {
     **{ANSWERABLE: "a passage tells", UNANSWERABLE: "none does: refused"},
 }
 SAMPLES_EACH = 2
-PROMISES = tuple(
-    Promise(f"{LABELS[group]}: right", f"{GROUNDED}_{group}_right", f"{SFT}_{group}_right", "one " + TITLES[SFT])
-    for group in (ONE, UNREAD_WORDS, THREE, CHANGED, CONTRADICTING, WRONG, SILENT)
+# The control has read passages in pretraining too, so that what both can do is compared with a guess: one of eight
+# values, or of three passages.
+GUESSES = {ONE: 1 / 8, THREE: 1 / 3}
+PROMISES = (
+    *(Promise(f"{LABELS[group]}: right", f"{GROUNDED}_{group}_right", GUESSES[group], "a guess") for group in GUESSES),
+    *(
+        Promise(f"{LABELS[group]}: right", f"{GROUNDED}_{group}_right", f"{SFT}_{group}_right", "one " + TITLES[SFT])
+        for group in (UNREAD_WORDS, CHANGED, CONTRADICTING, WRONG, SILENT)
+    ),
 )
 WAYS = {
     "three in one prompt": f"{GROUNDED}_{THREE}",
