@@ -11,7 +11,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "constitution.py"
 @pytest.mark.slow
 @pytest.mark.turn(1)
 def test_the_world_learns_to_refuse_harm_alone_and_the_controls_do_not(tmp_path, processes):
-    """Bounds stand three standard errors beside what seed 42 gave (docs/experiments/constitution.md)."""
+    """Bounds stand three standard errors beside what seven seeds gave (docs/experiments/constitution.md)."""
     folder = tmp_path / "out"
     processes.run(RECIPE, "--seed", 42, "--output_dir", folder, timeout=2400)
     found = json.loads((folder / "report.json").read_text())["metrics"]

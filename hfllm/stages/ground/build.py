@@ -130,9 +130,9 @@ def _conversation(world: World, rng: random.Random, has_passages: bool) -> Row:
 # The longest answer in tokens, and prompts answered together.
 RESPONSE_LENGTH, BATCH_SIZE = 40, 128
 # Whose fact is claimed, or not known, in the words of passages and of answers.
-_CLAIM = re.compile(r"\bthe (?!(?:colour|home|food)\b)(\w+) (?:is|lives|eats|likes|has|i do not|in)\b")
+_CLAIM = re.compile(rf"\bthe (?!(?:{'|'.join(ATTRIBUTES)})\b)(\w+) (?:is|lives|eats|likes|has|i do not|in)\b")
 # What is said of which attribute: values, or none.
-_SAID = re.compile(r"\bthe (colour|home|food) of the \w+ (?:is (?:the )?([^.]+)\.|i do not know)")
+_SAID = re.compile(rf"\bthe ({'|'.join(ATTRIBUTES)}) of the \w+ (?:is (?:the )?([^.]+)\.|i do not know)")
 
 
 @dataclass(frozen=True)
