@@ -163,7 +163,9 @@ def test_answers_follow_from_the_passages_and_else_from_the_world(world, texts, 
     for passages, turns in found:
         for question, answer in turns:
             kinds[kind_of(world, passages, *asked_in(question.split("\n")[-1]), answer)] += 1
-    assert len(found) > 1500 and min(kinds[kind] for kind in ("one", "two", "known", "silent", "unknown")) > 200
+    # Passages that disagree are few: a model that is shown many says two values where one is told.
+    assert len(found) > 1500 and kinds["two"] > 60
+    assert min(kinds[kind] for kind in ("one", "known", "silent", "unknown")) > 200
 
 
 def test_passages_are_followed_by_what_they_tell_and_what_they_do_not(world, texts):
