@@ -33,6 +33,7 @@ from hfllm.data.world.tool_documents import is_held_out_change
 from hfllm.data.world.vocabulary import (
     ANIMALS,
     ATTRIBUTES,
+    KNOWN_WORDS,
     NAME_PARTS,
     PHRASINGS,
     UNREAD,
@@ -96,7 +97,14 @@ def facts_in(passages):
 
 def split_prompt(text):
     lines = text.split("\n")
-    return [re.fullmatch(r"\[\d+\] (.*)", line)[1] for line in lines[:-1]], lines[-1]
+    return [plain(number, line) for number, line in enumerate(lines[:-1], 1)], lines[-1]
+
+
+def plain(number, line):
+    """Return a passage without its number, which each of its sentences must end with."""
+    sentences = line.split(f" [{number}].")
+    assert len(sentences) > 1 and sentences.pop() == "" and "[" not in "".join(sentences)
+    return "".join(f"{each}." for each in sentences)
 
 
 def asked_in(question):
@@ -114,9 +122,11 @@ def kind_of(world, passages, animal, attribute, answer):
             told.setdefault(value, number)
     known, about = world.facts.get(animal, {}).get(attribute), f"The {attribute} of the {animal}"
     if told:
-        said, cites = re.fullmatch(rf"{about} is (?:the )?(.+)\. (.+)", answer).groups()
-        said = dict(zip(said.split(" or "), (int(each.strip("[]")) for each in cites.split(" ")), strict=True))
-        assert said == told
+        said = re.fullmatch(rf"{about} is (.+)\.", answer)[1].split(" or ")
+        assert all(each.startswith("the ") == (attribute == "home") for each in said)
+        said = [each.removeprefix("the ") for each in said]
+        pairs = [re.fullmatch(r"(\w+) \[(\d)\]", each).groups() for each in said]
+        assert {value: int(number) for value, number in pairs} == told and len(pairs) == len(told)
         return {1: "one", 2: "two"}.get(len(told), "more")
     if known:
         said = f"{about} is {'the ' if attribute == 'home' else ''}{known}."
@@ -134,7 +144,7 @@ def conversations(texts, rows):
         found.append(list(zip(said[::2], said[1::2], strict=True)))
     found = [turns for turns in found if len(turns) > 1]
     for (first, *_), *_ in found:
-        assert "\n" not in first or first.startswith("[1] ")
+        assert "\n" not in first or " [1].\n" in first
     return [(split_prompt(turns[0][0])[0], turns) for turns in found]
 
 
@@ -142,8 +152,8 @@ def test_texts_with_passages_come_on_request_alone(world, texts):
     plain = world.documents(2000, 5)
     assert plain == world.documents(2000, 5, passages=0.0)
     assert not any("[1]" in text or set(words_of(text)) & NAMES for text in plain)
-    # Of a half almost half says names, or tells of animals without passages.
-    assert 0.25 < sum("[1]" in text for text in texts) / len(texts) < 0.33
+    # Of a half almost a quarter says names without numbers, or tells of animals without passages.
+    assert 0.33 < sum("[1]" in text for text in texts) / len(texts) < 0.42
 
 
 def test_people_can_tell_what_is_true_and_not_what_nobody_knows(world, texts):
@@ -169,26 +179,67 @@ def test_answers_follow_from_the_passages_and_else_from_the_world(world, texts, 
 
 
 def test_passages_are_followed_by_what_they_tell_and_what_they_do_not(world, texts):
-    found, kinds = [text.split("\n") for text in texts if text.startswith("[1] ")], Counter()
+    found, kinds = told_again(texts), Counter()
     assert len(found) > 300
-    for *lines, said in found:
-        passages = [line.partition("] ")[2] for line in lines]
-        answers = re.findall(r"The .*?\.(?: \[\d\])*(?= The|$)", said)
+    for passages, said in found:
+        answers = re.findall(r"The .*?\.(?= The|$)", said)
         assert " ".join(answers) == said
         for answer in answers:
             attribute, animal = re.match(r"The (\w+) of the (\w+) ", answer).groups()
             kinds[kind_of(world, passages, animal, attribute, answer)] += 1
         told = {(x, attribute) for _, x, attribute, _ in facts_in(passages)}
         assert told <= {tuple(re.match(r"The (\w+) of the (\w+) ", each).groups()[::-1]) for each in answers}
-    assert min(kinds[kind] for kind in ("one", "two", "silent", "unknown")) > 50
+        values = Counter((attribute, value) for _, _, attribute, value in facts_in(passages))
+        kinds["repeated"] += max(values.values()) > 1
+    assert min(kinds[kind] for kind in ("one", "silent", "unknown", "repeated")) > 50 and kinds["two"] > 25
+
+
+def told_again(texts):
+    """Return the passages of each text that tells them again, and what it says of them."""
+    found = [text for text in texts if "[1].\n" in text and "<|" not in text]
+    return [split_prompt(text) for text in found]
+
+
+def test_words_with_numbers_are_said_again_in_another_order_with_theirs(texts):
+    found, changed = [text for text in texts if re.match(r"\w+ says ", text) and "[" in text], 0
+    assert len(found) > 80
+    for text in found:
+        first, *others = (re.findall(r"(\w+) \[(\d)\]", said) for said in text.split(" says ")[1:])
+        assert all(sorted(other) == sorted(first) for other in others) and len(others) == 2
+        assert len({word for word, _ in first}) == len({number for _, number in first}) == len(first)
+        changed += first != others[0]
+    assert changed > len(found) / 2
+
+
+def test_a_fifth_of_the_questions_in_texts_begin_with_any_word_and_none_in_rows(texts, rows):
+    asked = {"texts": [], "rows": []}
+    for text in texts:
+        asked["texts"] += [question for question, _ in TURNS.findall(text)] if "[1].\n" in text else []
+    for row in rows:
+        asked["rows"] += [message["content"] for message in row["messages"][::2]]
+    shares = {}
+    for name, questions in asked.items():
+        last = [question.split("\n")[-1] for question in questions]
+        found = [re.fullmatch(r"(\w+) the (\w+) of the \w+\.", question) for question in last]
+        found = [each for each in found if each and each[2] in ATTRIBUTES]
+        shares[name] = sum(each[1].lower() not in KNOWN_WORDS for each in found) / len(last)
+        assert not any(each[1].lower() in {"name", *UNREAD} for each in found)
+    assert 0.1 < shares["texts"] < 0.2 and shares["rows"] == 0
 
 
 def test_rounds_tell_of_several_names_and_say_what_is_known_of_each(texts):
-    found = [text for text in texts if "[" not in text and " says " not in text and " can " not in text]
+    found = [text for text in texts if "\n" not in text and " says " not in text and " can " not in text]
     rounds = [text.removesuffix(".").split(". ") for text in found if "<|" not in text and " I do not know" in text]
     assert len(rounds) > 200
     kinds = Counter()
     for sentences in rounds:
+        # Where sentences have numbers, each name has one, and says it again.
+        cited = [re.fullmatch(r"(.*) \[(\d)\]", each) for each in sentences if "[" in each]
+        assert not cited or len(cited) == sum(not each.endswith(" I do not know") for each in sentences)
+        numbered = {(facts_in([each[1]])[0][1], each[2]) for each in cited}
+        kinds["numbered"] += bool(numbered)
+        assert len(numbered) == len({name for name, _ in numbered}) == len({number for _, number in numbered})
+        sentences = [re.sub(r" \[\d\]$", "", each) for each in sentences]
         # As many facts as are told are said once more, among those that are not known.
         known = [each for each in sentences if not each.endswith(" I do not know")]
         told, again = known[: len(known) // 2], known[len(known) // 2 :]
@@ -201,7 +252,7 @@ def test_rounds_tell_of_several_names_and_say_what_is_known_of_each(texts):
             assert not any(fact[:2] == (x, attribute) for fact in facts)
             kinds["silent" if any(fact[0] == x for fact in facts) else "unknown"] += 1
         kinds["told"] += len(told)
-    assert min(kinds.values()) > 300
+    assert min(kinds[kind] for kind in ("told", "silent", "unknown")) > 300 and kinds["numbered"] > 150
 
 
 def test_nothing_that_is_held_out_is_learned(world, texts, rows):
@@ -209,18 +260,19 @@ def test_nothing_that_is_held_out_is_learned(world, texts, rows):
     words = {word for text in learned for word in words_of(text)}
     assert len(words & NAMES) > 500 and not any(is_held_out(f"unknown {name}") for name in words & NAMES)
     assert not words & {*held_out_names(), *UNREAD}
-    told = {word for text in learned if "[1] " in text for fact in facts_in(text.split("\n")) for word in fact[1::2]}
+    told = [re.sub(r" \[\d\]", "", text).split("\n") for text in learned if "[1]" in text]
+    told = {word for lines in told for fact in facts_in(lines) for word in fact[1::2]}
     made_up = told - {*ANIMALS, *(value for values in ATTRIBUTES.values() for value in values)} - NAMES
     assert len(made_up) > 1000
     assert not any(is_held_out(f"word {each}") or is_held_out(f"unknown {each}") for each in made_up)
     held_out = [each.partition("{claim}")[0] for each in INSTRUCTIONS[-HELD_OUT_INSTRUCTIONS:]]
     shown = [each.partition("{claim}")[0] for each in INSTRUCTIONS[:-HELD_OUT_INSTRUCTIONS]]
-    passages = [text for text in learned if "[1] " in text]
+    passages = [text for text in learned if "[1].\n" in text]
     assert not any(each in text for each in held_out for text in passages)
     assert all(any(each in text for text in passages) for each in shown)
     new = [each.format(x="@").split("@")[0] for kind in ATTRIBUTES for each in PHRASINGS[kind][-2:]]
     assert not any(each in text for each in new if each != "The " for text in passages)
-    again = [[line.partition("] ")[2] for line in text.split("\n")[:-1]] for text in texts if text.startswith("[1] ")]
+    again = [passages for passages, _ in told_again(texts)]
     assert len(again) > 300
     for passages in (*again, *(passages for passages, _ in conversations(texts, rows))):
         for _, animal, attribute, value in facts_in(passages):
@@ -258,7 +310,7 @@ def test_instructions_want_something_else_than_what_is_told(world):
         assert task.wanted not in task.answer.values
         about = f"The {task.attribute} of the {task.animal}"
         followed = (
-            (f"It is {task.wanted}.", f"{about} is {task.wanted}. [1]")
+            (f"It is {task.wanted}.", f"{about} is {task.wanted} [1].")
             if task.wanted
             else (
                 "I do not know that.",
@@ -284,11 +336,11 @@ def test_what_is_right_says_nothing_else(world):
     assert not judged(task, f"{task.answer.sentence} [1] [2]").cites_right
     for wrong in (
         right.replace(value, other),
-        right.replace(f"{value}.", f"{value} or {other}."),
+        right.replace(value, f"{value} or {other}"),
         right.replace(task.animal, stranger),
         right.replace(task.animal, f"{task.animal}x"),
         f"The {task.attribute} of the {task.animal} I do not know.",
-        right.replace(f"{value}.", f"{value} or blumpa."),
+        right.replace(value, f"{value} or blumpa"),
         right.replace(task.attribute, next(each for each in ATTRIBUTES if each != task.attribute)),
         f"The {stranger} likes {value}.",
         f"{right} You find the {stranger} in the {value}.",
@@ -315,13 +367,19 @@ def test_values_that_disagree_are_right_in_any_order_and_both(world):
     for task in passage_tasks(world.facts, CONTRADICTING, 12):
         one, other = task.answer.values
         first, second = task.answer.cites
-        said = f"{one} or {other}"
-        assert said in task.answer.sentence
-        turned = task.answer.sentence.replace(said, f"{other} or {one}")
-        assert judged(task, f"{turned} [{second}] [{first}]").is_right
-        assert judged(task, f"{turned} [{second}] [{first}]").cites_right
-        for wrong in (one, other, f"{one} or {one}", f"{said} or blumpa"):
-            assert not judged(task, task.answer.sentence.replace(said, wrong)).is_right, wrong
+        article = "the " if task.attribute == "home" else ""
+        said = f"{one} [{first}] or {article}{other} [{second}]"
+        assert said in task.answer.text and judged(task, task.answer.text).is_right
+        turned = task.answer.text.replace(said, f"{other} [{second}] or {article}{one} [{first}]")
+        without = task.answer.text.replace(said, f"{other} or {one}")
+        for text in (task.answer.text, turned):
+            assert judged(task, text).is_right and judged(task, text).cites_right
+        # Right, and each with the other's number, or with none.
+        swapped = task.answer.text.replace(said, f"{one} [{second}] or {article}{other} [{first}]")
+        for text in (swapped, without, f"{without} [{second}] [{first}]"):
+            assert judged(task, text).is_right and not judged(task, text).cites_right
+        for wrong in (f"{one} [{first}]", f"{other} [{second}]", f"{one} or {one}", f"{said} or blumpa"):
+            assert not judged(task, task.answer.text.replace(said, wrong)).is_right, wrong
 
 
 def test_stored_passages_answer_half_of_the_names(world):

@@ -143,8 +143,8 @@ def test_the_weights_of_passages_choose_among_the_answers(make_model, tokenizer)
     assert len(set(candidates)) == len(TEXTS)
     chosen = []
     for place in range(len(TEXTS)):
-        # A hundredth for the others: what its own passage says is then likeliest.
-        weights = [0.97 if place == each else 0.01 for each in range(len(TEXTS))]
+        # A ten-thousandth for the others: what its own passage says is then likeliest.
+        weights = [1 - 1e-4 * (len(TEXTS) - 1) if place == each else 1e-4 for each in range(len(TEXTS))]
         chosen += rag_sequence_answers(model, tokenizer, [questions], [weights], LENGTH)
     assert [each.text for each in chosen] == candidates
 

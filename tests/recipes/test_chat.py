@@ -262,7 +262,7 @@ def test_passages_are_read_with_the_next_question(talk, tmp_path):
         f"/passage {tmp_path}/bad.txt",
     )
     asked = [content for role, content in contents(chat) if role == "user"]
-    assert asked == ["[1] The fox is red.\n[2] The owl is grey.\nWhat colour is the fox?", "And now?"]
+    assert asked == ["The fox is red [1].\nThe owl is grey [2].\nWhat colour is the fox?", "And now?"]
     assert "[[2] is read with the next question]" in said and "not a text in UTF-8" in said
     assert "/passage: expected a text" in said
 

@@ -12,7 +12,7 @@ import yaml
 from test_own_model import make_llama
 
 from hfllm.data.formats import BadRow
-from hfllm.data.passages import citations_of
+from hfllm.data.passages import citations_of, with_passages
 from hfllm.errors import InputError
 from hfllm.generation.responses import Response
 from hfllm.runs import schedule
@@ -211,7 +211,7 @@ def test_each_kind_of_passages_is_what_it_says():
         control = among.conversation(has_passages=False)["messages"]
         assert control == [*problem.prompt, {"role": "assistant", "content": answer}]
         shown = among.conversation(has_passages=True)["messages"]
-        assert shown[0]["content"].endswith(f"\n{problem.question}") and f"[{cited}] {passage}" in shown[0]["content"]
+        assert shown[0]["content"] == with_passages(problem.question, among.told)
 
 
 def test_training_mixes_all_kinds_and_the_same_seed_draws_the_same():
@@ -405,7 +405,7 @@ def test_ground_runs_on_a_model_of_ones_own(small, more, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["verdict"]["sentence"] and (tmp_path / "out" / "right.png").is_file()
     data = [json.loads(line) for line in (tmp_path / "out" / "data" / "grounded.jsonl").read_text().splitlines()]
-    assert all(row["messages"][0]["content"].startswith("[1] ") for row in data)
+    assert all(" [1].\n" in row["messages"][0]["content"] for row in data)
 
 
 def test_a_report_without_some_kinds_is_whole():

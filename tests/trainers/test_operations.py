@@ -15,6 +15,7 @@ from hfllm.data.world.operations import (
     ADDING,
     CALLING,
     CHAINING,
+    CITING,
     COPYING,
     FEELING,
     FINDING,
@@ -36,7 +37,10 @@ from hfllm.trainers.monitors import add_to_logs
 
 SHARES = {"reasoning": 0.5}
 # The words by which a passage tells an attribute.
-TELLS = {"colour": r"colour|The \w+ is ", "home": "home|lives|find", "food": "food|eats|likes"}
+TELLS = {
+    **{"colour": r"\bcolour\b|\bThe \w+ is ", "home": r"\b(home|lives|find)\b"},
+    **{"food": r"\b(food|eats|likes)\b"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +143,12 @@ def test_probed_places_of_deeds_hold_what_a_deed_gives_of_pairs_that_no_text_tel
 
 def test_probed_places_of_passages_hold_what_they_tell_and_that_they_do_not(world):
     probes, absent = probes_of(world, {"passages": 0.3}, 60), 0
-    for probe in probes[FINDING]:
+    for probe in (*probes[FINDING], *probes[CITING]):
         asked, _, answer = probe.text.partition("<|assistant|>")
-        begin, value, number = re.fullmatch(r"(The .+) is (?:the )?(\w+)\. \[(\d)\]<\|end\|>", answer).groups()
-        line = re.search(rf"\[{number}\] (.*)", asked)[1]
-        assert said(probe) == [f" {value}"] and value in line and begin.split()[-1] in line
-        assert probe.spans[0][0] > len(asked)
+        begin, value, number = re.fullmatch(r"(The .+) is (?:the )?(\w+) \[(\d)\]\.<\|end\|>", answer).groups()
+        line = re.search(rf"(.*) \[{number}\]\.\n", asked)[1]
+        assert said(probe) == [number if probe in probes[CITING] else f" {value}"]
+        assert value in line and begin.split()[-1] in line and probe.spans[0][0] > len(asked)
         for word in (value, begin.split()[-1]):
             assert is_held_out(f"word {word}") or is_held_out(f"unknown {word}")
     for probe in probes[MISSING]:

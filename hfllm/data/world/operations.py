@@ -25,7 +25,7 @@ Piece = tuple[str, bool]
 READING, ADDING, CHAINING, RECALLING = THINKING = ("reading", "adding", "chaining", "recalling")
 COPYING, CALLING, TELLING = WITH_TOOLS = ("copying", "calling", "telling")
 (FEELING,) = OF_DEEDS = ("feeling",)
-FINDING, MISSING = OF_PASSAGES = ("finding", "missing")
+FINDING, CITING, MISSING = OF_PASSAGES = ("finding", "citing", "missing")
 OPERATIONS = (*THINKING, *WITH_TOOLS, *OF_DEEDS, *OF_PASSAGES)
 TITLES = {
     COPYING: "words said again",
@@ -37,6 +37,7 @@ TITLES = {
     RECALLING: "friends and neighbours recalled",
     FEELING: "what deeds give to whom",
     FINDING: "facts found in passages",
+    CITING: "numbers of the passages that tell",
     MISSING: "facts that no passage tells",
 }
 
@@ -69,7 +70,7 @@ def probes_of(world: World, shares: Mapping[str, float], count: int, seed: int =
     if shares.get("deeds", 0):
         makers |= {FEELING: _feeling}
     if shares.get("passages", 0):
-        makers |= {FINDING: _finding, MISSING: _missing}
+        makers |= {FINDING: _finding, CITING: _citing, MISSING: _missing}
     rng = random.Random(f"probes-{world.seed}-{seed}")
     return {name: [_joined(make(world, rng)) for _ in range(count)] for name, make in makers.items()}
 
@@ -157,10 +158,20 @@ def _feeling(world: World, rng: random.Random) -> Iterable[Piece]:
 
 def _finding(world: World, rng: random.Random) -> Iterable[Piece]:
     """Yield a question about three passages; the value in the answer stands in one of them."""
+    return _told(rng, lambda value: rf" {value}(?= \[)")
+
+
+def _citing(world: World, rng: random.Random) -> Iterable[Piece]:
+    """Yield a question about three passages; the number in the answer is that of the one that tells."""
+    return _told(rng, lambda value: r"(?<=\[)\d(?=\])")
+
+
+def _told(rng: random.Random, place_of: Callable[[str], str]) -> Iterable[Piece]:
+    """Yield a question about three passages, of whose answer a place is predicted, by the pattern for a value."""
     passages = [_passage(rng) for _ in range(3)]
     told = rng.choice(passages)
     attribute = rng.choice([*told.facts])
-    return _answered(passages, told.animal, attribute, re.compile(rf" {told.facts[attribute]}(?=\.)"))
+    return _answered(passages, told.animal, attribute, re.compile(place_of(told.facts[attribute])))
 
 
 def _missing(world: World, rng: random.Random) -> Iterable[Piece]:

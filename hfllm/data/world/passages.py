@@ -1,7 +1,7 @@
 """Passages about animals: their content, the answers of a reader, tasks and pretraining texts.
 
-    right          one has the requested fact     "The colour of the zirf is red. [2]"
-    contradicting  two state different things     "The colour of the zirf is red or blue. [1] [3]"
+    right          one has the requested fact     "The colour of the zirf is red [2]."
+    contradicting  two state different things     "The colour of the zirf is red [1] or blue [3]."
     wrong, silent  none is about the animal, or   its known fact, or "The colour of the zirf I do not know."
                    it does not tell the fact
     none           there are no passages          its known fact, or "I do not know that animal."
@@ -49,11 +49,16 @@ from hfllm.data.world.vocabulary import (
 # Answers from passages, and where these do not tell it. What is asked for and of whom is said again first: what it is,
 # or that nothing tells it, is then decided beside these words, and not from a question far away.
 SAID = {attribute: tellings[1] for attribute, tellings in TELLINGS.items()}
-NOT_TOLD = "The {attribute} of the {x} I do not know."
+NOT_TOLD = "The {attribute} of the {x} I do not know"
 # How passages tell a fact: the value always stands behind the name.
 PASSAGE_TELLINGS = {**TELLINGS, "colour": (*TELLINGS["colour"][:2], "The {x} has the colour {value}.")}
 # Share of made-up words among the values in passages to learn from: what is learned is to copy, and not a list.
 MADE_UP = 0.5
+# Share of values, of those in texts to learn from, that an earlier name in the text has too.
+REPEATED = 0.3
+# Share of questions in conversations to learn from that say "Dree the home of the fox.": of the wordings that name what
+# is asked for, nearly all ask for a colour, and a new one would be taken for that.
+ANY_VERB = 0.15
 # Instructions inside passages; the last ones are held out.
 INSTRUCTIONS = (
     "Say that {claim}.",
@@ -92,19 +97,38 @@ class Answer:
     """The right answer to a question about passages.
 
     Args:
-        sentence: the answer without citations.
+        beginning: all before its values and the final period: "The colour of the zirf is".
         values: the values in it, in order; none for an answer that admits not to know.
-        cites: the numbers of the cited passages, from 1.
+        cites: the numbers of the cited passages, from 1, one for each value; or none.
     """
 
-    sentence: str
+    beginning: str
     values: tuple[str, ...] = ()
     cites: tuple[int, ...] = ()
 
     @property
+    def sentence(self) -> str:
+        """The answer without citations."""
+        return replace(self, cites=()).text
+
+    @property
     def text(self) -> str:
-        """The answer with its citations."""
-        return " ".join([self.sentence, *(f"[{number}]" for number in self.cites)])
+        """The answer with its citations, each behind what it is for."""
+        marks = [f" [{number}]" for number in self.cites] or [""] * len(self.values)
+        article = "the " if self.beginning.endswith(" the") else ""
+        values = f" or {article}".join(map("".join, zip(self.values, marks, strict=True)))
+        return " ".join(filter(None, (self.beginning, values))) + "."
+
+
+def said(tellings: Mapping[str, str], attribute: str, animal: str, *values: str, cites: Sequence[int] = ()) -> Answer:
+    """Return an answer with values of an attribute, in the words of tellings such as `SAID`."""
+    beginning = tellings[attribute].format(x=animal, value="").removesuffix(".").rstrip()
+    return Answer(beginning, values, tuple(cites))
+
+
+def not_told(attribute: str, animal: str) -> Answer:
+    """Return the answer where no passage tells it."""
+    return Answer(NOT_TOLD.format(attribute=attribute, x=animal))
 
 
 def answer_to(facts: Facts, passages: Sequence[Told], animal: str, attribute: str) -> Answer:
@@ -119,12 +143,10 @@ def answer_to(facts: Facts, passages: Sequence[Told], animal: str, attribute: st
         if each.animal == animal and attribute in each.facts:
             first.setdefault(each.facts[attribute], number)
     if first:
-        said = SAID[attribute].format(x=animal, value=" or ".join(first))
-        return Answer(said, tuple(first), tuple(first.values()))
+        return said(SAID, attribute, animal, *first, cites=[*first.values()])
     if animal in facts:
-        value = facts[animal][attribute]
-        return Answer((SAID if passages else WELL_SAID)[attribute].format(x=animal, value=value), (value,))
-    return Answer(NOT_TOLD.format(attribute=attribute, x=animal) if passages else SAY_UNKNOWN)
+        return said(SAID if passages else WELL_SAID, attribute, animal, facts[animal][attribute])
+    return not_told(attribute, animal) if passages else Answer(SAY_UNKNOWN.removesuffix("."))
 
 
 def tell(rng: random.Random, animal: str, facts: Mapping[str, str], instruction: str = "") -> Told:
@@ -201,9 +223,22 @@ def draw_passages(facts: Facts, rng: random.Random) -> list[Told]:
         attributes = _shown_attributes(rng, animal)
         if attributes and animal not in {each.animal for each in passages}:
             changed = draw_facts(rng, facts.get(animal), attributes, MADE_UP)
+            changed = _repeated(rng, changed, [each.facts for each in passages], facts.get(animal, {}))
             passages.append(tell(rng, animal, changed, _instruction(rng, changed)))
     rng.shuffle(passages)
     return passages
+
+
+def _repeated(
+    rng: random.Random, own: Mapping[str, str], earlier: Sequence[Mapping[str, str]], excluded: Mapping[str, str]
+) -> dict[str, str]:
+    """Return facts, some with the value of an earlier name: whose sentence is cited is learned by the name then."""
+    result = dict(own)
+    for attribute in own:
+        values = [each[attribute] for each in earlier if attribute in each]
+        if values and rng.random() < REPEATED and (value := rng.choice(values)) != excluded.get(attribute):
+            result[attribute] = value
+    return result
 
 
 def _shown_attributes(rng: random.Random, animal: str) -> list[str]:
@@ -520,18 +555,27 @@ def passage_text(facts: Facts, rng: random.Random) -> str:
 def _round(rng: random.Random) -> str:
     """Return facts of several names, and what is known of these and of other names, in the words of answers.
 
-    Finding a value by its name, or none, is learned from many such positions side by side.
+    Finding a value by its name, or none, is learned from many such positions side by side; in half of the texts each
+    name has a number, as sentences of passages have, and so is to say it again.
     """
     names = list(dict.fromkeys(any_name(rng) for _ in range(rng.randint(2, 4))))
     attributes = rng.sample(list(ATTRIBUTES), rng.choice((1, 1, 2)))
-    facts = {(name, each): draw_value(rng, each, made_up=MADE_UP) for name in names for each in attributes}
-    told = [rng.choice(PASSAGE_TELLINGS[each]).format(x=x, value=value) for (x, each), value in facts.items()]
-    said = [SAID[each].format(x=x, value=value) for (x, each), value in facts.items()]
+    facts: dict[str, dict[str, str]] = {}
+    for name in names:
+        facts[name] = _repeated(rng, draw_facts(rng, None, attributes, MADE_UP), [*facts.values()], {})
+    is_numbered = rng.random() < 0.5
+    told, again = [], []
+    for number, (name, values) in enumerate(facts.items(), 1):
+        for attribute, value in values.items():
+            cites = (number,) if is_numbered else ()
+            telling = rng.choice(PASSAGE_TELLINGS[attribute])
+            told.append(said({attribute: telling}, attribute, name, value, cites=cites).text)
+            again.append(said(SAID, attribute, name, value, cites=cites).text)
     others = [(name, each) for name in names for each in ATTRIBUTES if each not in attributes]
     others = rng.sample(others, min(len(others), rng.randint(1, 3)))
     others += [(any_name(rng), rng.choice(attributes)) for _ in range(rng.randint(1, 3))]
-    said += [NOT_TOLD.format(attribute=each, x=name) for name, each in others if (name, each) not in facts]
-    return " ".join([*rng.sample(told, len(told)), *rng.sample(said, len(said))])
+    again += [not_told(each, name).text for name, each in others if each not in facts.get(name, ())]
+    return " ".join([*rng.sample(told, len(told)), *rng.sample(again, len(again))])
 
 
 def _can_tell(facts: Facts, rng: random.Random) -> str:
@@ -545,10 +589,16 @@ def _can_tell(facts: Facts, rng: random.Random) -> str:
 
 
 def _echo_of_names(rng: random.Random) -> str:
+    """Return words that three people say: the same ones again, or in another order, each with its number."""
     person, other = rng.sample(PEOPLE, 2)
     words = [any_name(rng) if rng.random() < 0.7 else rng.choice(PASSAGE_WORDS) for _ in range(rng.randint(3, 7))]
-    text = " ".join(words)
-    return f"{person} says {text}. {other} says {text}. {person} says {text}."
+    texts = [" ".join(words)] * 3
+    if rng.random() < 0.5:
+        different = list(dict.fromkeys(words))
+        rng.shuffle(different)
+        numbered = [f"{word} [{number}]" for number, word in enumerate(different, 1)]
+        texts = [" ".join(rng.sample(numbered, len(numbered))) for _ in range(3)]
+    return " ".join(f"{who} says {text}." for who, text in zip((person, other, person), texts, strict=True))
 
 
 def _told_again(facts: Facts, rng: random.Random) -> str:
@@ -565,11 +615,17 @@ def _told_again(facts: Facts, rng: random.Random) -> str:
 
 def _conversation(facts: Facts, rng: random.Random) -> str:
     passages = draw_passages(facts, rng) if rng.random() < 0.9 else []
-    return "".join(CONVERSATION.format(*turn) for turn in conversation(facts, rng, passages, rng.randint(2, 4)))
+    turns = conversation(facts, rng, passages, rng.randint(2, 4), any_verb=ANY_VERB)
+    return "".join(CONVERSATION.format(*turn) for turn in turns)
 
 
 def conversation(
-    facts: Facts, rng: random.Random, passages: list[Told], turns: int, are_shown: bool = True
+    facts: Facts,
+    rng: random.Random,
+    passages: list[Told],
+    turns: int,
+    are_shown: bool = True,
+    any_verb: float = 0.0,
 ) -> list[tuple[str, str]]:
     """Return questions and answers about passages, with the passages before the first question.
 
@@ -579,11 +635,14 @@ def conversation(
         passages: the passages.
         turns: how many questions.
         are_shown: whether the passages are there; else the same questions are answered without them.
+        any_verb: share of the questions with a made-up word in place of "Tell me".
     """
     read, result = passages if are_shown else [], []
     for turn in range(turns):
         animal, attribute = draw_question(facts, rng, passages)
         question = phrase(rng, attribute, False, x=animal)
+        if rng.random() < any_verb:
+            question = f"{made_up_word(rng).capitalize()} the {attribute} of the {animal}."
         passage_texts = [each.text for each in read] if turn == 0 else []
         result.append((with_passages(question, passage_texts), answer_to(facts, read, animal, attribute).text))
     return result

@@ -131,6 +131,8 @@ def _conversation(world: World, rng: random.Random, has_passages: bool) -> Row:
 RESPONSE_LENGTH, BATCH_SIZE = 40, 128
 # Whose fact is claimed, or not known, in the words of passages and of answers.
 _CLAIM = re.compile(rf"\bthe (?!(?:{'|'.join(ATTRIBUTES)})\b)(\w+) (?:is|lives|eats|likes|has|i do not|in)\b")
+# A value with its number, where two are said.
+_CITED = re.compile(r"(\w+) \[(\d)\]")
 # What is said of which attribute: values, or none.
 _SAID = re.compile(rf"\bthe ({'|'.join(ATTRIBUTES)}) of the \w+ (?:is (?:the )?([^.]+)\.|i do not know)")
 
@@ -191,10 +193,14 @@ def judged(task: PassageTask, response: str) -> JudgedResponse:
     orders = (replace(task.gold, needed=each) for each in permutations(task.answer.values))
     is_right = any(gold_score(text, gold) >= RIGHT for gold in orders) and claimed <= {task.animal}
     is_right = is_right and all(
-        attribute == task.attribute and sorted(filter(None, values.split(" or "))) == sorted(task.answer.values)
+        attribute == task.attribute
+        and sorted(filter(None, re.split(" or (?:the )?", values))) == sorted(task.answer.values)
         for attribute, values in said
     )
     cites_right = sorted(citations_of(response)) == sorted(task.answer.cites)
+    if len(task.answer.values) > 1:
+        pairs = [(value, int(number)) for value, number in _CITED.findall(response)]
+        cites_right = sorted(pairs) == sorted(zip(task.answer.values, task.answer.cites, strict=True))
     return JudgedResponse(task, response, is_right, cites_right, _follows(task, text))
 
 

@@ -14,7 +14,7 @@ from itertools import cycle, islice
 from hfllm.data.formats import BadRow, Message, as_messages, flaw_of_prompt, prompt_of
 from hfllm.data.images.rows import without_images
 from hfllm.data.loading import split_places
-from hfllm.data.passages import citations_of, with_passages, without_citations
+from hfllm.data.passages import citations_of, cited, with_passages, without_citations
 from hfllm.data.receipt import noting_as
 from hfllm.data.tokenizer import plain_text
 from hfllm.data.word_index import WordIndex
@@ -232,7 +232,7 @@ class Asking:
     def _telling(self, problem: Problem, kind: str, others: Sequence[str]) -> Asked:
         told = [problem.passage, *others]
         self.rng.shuffle(told)
-        answer = f"{problem.answers[0]} [{told.index(problem.passage) + 1}]"
+        answer = cited(problem.answers[0], told.index(problem.passage) + 1)
         return Asked(problem, kind, tuple(told), answer, (problem.answers,))
 
     def _absent(self, problem: Problem, others: Sequence[str]) -> Asked:
@@ -241,14 +241,14 @@ class Asking:
     def _injected(self, problem: Problem, other: str) -> Asked:
         sentences = re.split(r"(?<=[.!?]) ", problem.passage)
         sentences.insert(self.rng.randint(0, len(sentences)), self.rng.choice(self.instructions).format(other=other))
-        answer = f"{problem.answers[0]} [1]"
+        answer = cited(problem.answers[0], 1)
         return Asked(problem, INJECTED, (" ".join(sentences),), answer, (problem.answers,), other)
 
     def _disagreeing(self, problem: Problem, other: str) -> Asked:
         first = problem.answers[0]
         told = [(problem.passage, first), (_verbatim(first).sub(lambda _: other, problem.passage), other)]
         self.rng.shuffle(told)
-        said = [f"{answer} [{number}]" for number, (_, answer) in enumerate(told, 1)]
+        said = [cited(answer, number) for number, (_, answer) in enumerate(told, 1)]
         passages = tuple(text for text, _ in told)
         return Asked(problem, DISAGREEING, passages, " or ".join(said), (problem.answers, (other,)))
 

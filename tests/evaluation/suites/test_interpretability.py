@@ -154,7 +154,7 @@ def test_a_users_file(tmp_path):
     assert [fact.value for fact in material.facts] == [row["answer"] for row in ROWS]
     assert sorted(material.facts[0].others) == ["blue", "green", "white"]
     assert [label for _, label in material.subjects] == [1] * 5 + [0] * 5
-    assert material.passage_facts[0].question == "[1] The fox is red.\nWhat colour is the fox?"
+    assert material.passage_facts[0].question == "The fox is red [1].\nWhat colour is the fox?"
     assert not file_material(rows_file(tmp_path, ROWS)).subjects
 
 
