@@ -56,8 +56,8 @@ PASSAGE_TELLINGS = {**TELLINGS, "colour": (*TELLINGS["colour"][:2], "The {x} has
 MADE_UP = 0.5
 # Share of values, of those in texts to learn from, that an earlier name in the text has too.
 REPEATED = 0.3
-# Share of questions in conversations to learn from that say "Dree the home of the fox.": of the wordings that name what
-# is asked for, nearly all ask for a colour, and a new one would be taken for that.
+# Share of questions in conversations to learn from that say "Dree the home of the fox.": of the wordings that name
+# what is asked for, nearly all ask for a colour, and a new one would be taken for that.
 ANY_VERB = 0.15
 # Instructions inside passages; the last ones are held out.
 INSTRUCTIONS = (
