@@ -1,7 +1,10 @@
 """The world's passages: what texts, rows and questions hold, and that every answer follows from its passages."""
 
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 from itertools import pairwise, product
@@ -154,6 +157,17 @@ def test_texts_with_passages_come_on_request_alone(world, texts):
     assert not any("[1]" in text or set(words_of(text)) & NAMES for text in plain)
     # Of a half almost a quarter says names without numbers, or tells of animals without passages.
     assert 0.33 < sum("[1]" in text for text in texts) / len(texts) < 0.42
+
+
+def test_texts_are_the_same_in_every_process():
+    program = "from hfllm.data.world.world import World; print(World(3).documents(150, 7, passages=0.5))"
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stdout
+        for seed in "12"
+    ]
+    assert said[0] == said[1] and len(said[0]) > 10_000
 
 
 def test_people_can_tell_what_is_true_and_not_what_nobody_knows(world, texts):

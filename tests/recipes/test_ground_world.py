@@ -24,7 +24,9 @@ def test_the_world_learns_to_answer_from_passages_and_to_say_what_it_does_not_kn
     # The control has read passages in pretraining too; to refuse what they do not tell, it has not learned.
     for group in ("unread_words", "wrong_passage", "silent"):
         assert found[f"grounded_{group}_right"] > found[f"sft_{group}_right"]
-    assert found["probe_finding"] > 0.75 and found["probe_missing"] > 0.25
+    # Of three passages the one that tells is cited: a third by chance.
+    assert found["grounded_three_passages_cites"] > 0.6
+    assert min(found["probe_finding"], found["probe_citing"]) > 0.7 and found["probe_missing"] > 0.25
     assert found["grounded_closed_unknown_right"] > 0.7 and found["grounded_closed_known_right"] > 0.7
     # The gate gives the right passage alone, and none where there is none.
     assert found["gated_answerable_right"] > 0.8 and found["gated_closed_known_right"] > 0.6

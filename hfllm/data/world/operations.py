@@ -48,7 +48,7 @@ class Probe:
 
     Args:
         text: the text.
-        spans: begin and end of each place, in characters; a place begins with the space before its word.
+        spans: begin and end of each place, in characters; it begins with the space before its word, if there is one.
     """
 
     text: str
