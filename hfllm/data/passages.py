@@ -68,6 +68,12 @@ def citations_of(answer: str) -> list[int]:
     return list(dict.fromkeys(int(number) for cited in _CITATION.findall(answer) for number in cited.split(",")))
 
 
+def renumbered(answer: str, numbers: Sequence[int]) -> str:
+    """Return an answer from one passage with other numbers in place of [1], and without citations of any other."""
+    mark = f" [{', '.join(map(str, numbers))}]"
+    return _CITATION.sub(lambda found: mark if 1 in citations_of(found[0]) else "", answer)
+
+
 def without_citations(answer: str) -> str:
     """Return an answer without the passages' numbers."""
     return _CITATION.sub("", answer).strip()

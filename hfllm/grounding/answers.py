@@ -1,4 +1,4 @@
-"""Answer questions from passages: their prompts, citations, and the mean over passages (RAG)."""
+"""Answer questions from passages: their prompts, citations, and answers from each passage by itself (RAG)."""
 
 import inspect
 import math
@@ -11,7 +11,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 from hfllm.data.formats import Message
-from hfllm.data.passages import citations_of, with_passages, without_citations
+from hfllm.data.passages import citations_of, renumbered, with_passages, without_citations
 from hfllm.data.tokenizer import end_tokens, plain_text, tokenize_prompts
 from hfllm.errors import InputError, refuse_if
 from hfllm.generation.responses import Response, sample_with_ends
@@ -369,10 +369,136 @@ def _response(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", to
     return Response(tokenizer.decode(tokens, skip_special_tokens=True), has_ended)
 
 
+# ---- union ----
+#
+# Answer from several passages apart, and say all that they say, each with the passages that say it.
+#
+# A model that answers from one passage or refuses need not learn what several of them mean together: which one tells,
+# or whether two disagree. While an answer is written, no other passage can change it (as in RobustRAG, which isolates
+# passages and counts what their answers share: Xiang et al. 2024, arXiv:2405.15556).
+
+
+# How models say that a passage does not tell. A negation belongs to a verb of telling, and that to passages or the
+# reader.
+_NOT = r"(?:n't| not|not| never)"
+_TOLD = r"(?:mentioned|stated|said|told|given|specified|provided|described|included|contained|known|clear|answered)"
+_TELL = r"(?:say|tell|mention|state|give|specify|provide|describe|include|contain|answer|know|find|determine|explain)"
+_READ = r"(?:passages?|texts?|contexts?|documents?|sources?|articles?|information)"
+_REFUSES = re.compile(
+    rf"\b{_READ}\b[^.!?]{{0,30}}\b(?:do|does|did|can|could|is|are|was|were){_NOT}\b[^.!?]{{0,20}}\b(?:{_TELL}|{_TOLD})\b"
+    rf"|\b(?:it|that|this|answer)\b[^.!?]{{0,30}}\b(?:is|was|are|were){_NOT}\b(?: \w+)? {_TOLD}\b"
+    rf"|\b(?:I|we|one) (?:do|did|can|ca|could){_NOT}\b(?: \w+)? {_TELL}\b"
+    r"|\bno (?:information|mention|answer|passages?)\b|\b(?:says?|tells?|mentions?) nothing\b|\bnothing (?:is|about)\b"
+    rf"|\bunable to {_TELL}\b|\bnot (?:mentioned|stated|specified|provided|given)\b|^\s*unknown\b",
+    re.IGNORECASE,
+)
+# Words that say nothing new in an answer, as those of the question.
+_SMALL_WORDS = frozenset(
+    ("a", "an", "the", "it", "its", "they", "is", "are", "was", "were", "has", "have", "of", "in", "on", "at", "to")
+)
+# Marks around words; signs such as - and < belong to them.
+_MARKS = " .,;:!?\u2026\"'\u201c\u201d\u2018\u2019()[]\u3002\u3001\uff01\uff1f\u300c\u300d"
+# The end of an answer with its final point.
+_ENDED = re.compile(r"[.!?\u2026\u3002\uff01\uff1f](?:[\"'\u201d\u2019)\s]|\[[\d, ]+\])*$")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What passages say.
+
+    Args:
+        text: the answer from the first of them, with all their numbers as its citations.
+        numbers: of the passages, from 1.
+    """
+
+    text: str
+    numbers: tuple[int, ...]
+
+
+def refuses(text: str) -> bool:
+    """Return whether an answer says that something is not told or not known, judged by its words, in English."""
+    return bool(_REFUSES.search(text.replace("\u2019", "'")))
+
+
+def claims_of_passages(question: str, answers: Sequence[str]) -> list[Claim]:
+    """Return what the answers from the passages of a question say, equal ones once; none where all refuse.
+
+    Where some answers cite their passage, the others are refusals or are not from a passage, and are left out. Where
+    none does, those that refuse by their words are.
+
+    Answers are equal that have the same words in the same order, beside words of the question and small ones such as
+    "is": `Red.` and `It is red.`
+
+    Args:
+        question: its text.
+        answers: one for each passage, in the order of their numbers; each cites its passage as [1].
+    """
+    said = [(number, text) for number, text in enumerate(answers, 1) if _words_of(without_citations(text))]
+    told = [(number, text) for number, text in said if 1 in citations_of(text)]
+    told = told or [(number, text) for number, text in said if not refuses(text)]
+    asked, groups = {*_words_of(question)}, {}
+    for number, text in told:
+        words = [word for word in _words_of(without_citations(text)) if word not in _SMALL_WORDS]
+        # An answer in words of the question alone is compared by these.
+        key = tuple(word for word in words if word not in asked) or ("", *words)
+        groups.setdefault(key, []).append((number, text))
+    numbers = [tuple(number for number, _ in group) for group in groups.values()]
+    texts = [group[0][1] for group in groups.values()]
+    return [Claim(renumbered(text, each).strip(), each) for text, each in zip(texts, numbers, strict=True)]
+
+
+def _words_of(text: str) -> list[str]:
+    words = (word.strip(_MARKS) for word in text.casefold().split())
+    return [word for word in words if re.search(r"\w", word)]
+
+
+def union_of(question: str, answers: Sequence[str]) -> str:
+    """Return what the answers from the passages of a question say together: see `claims_of_passages`.
+
+    `The fox is red [1, 3]. The fox is blue [2].` are three passages, two of which agree. Where no passage tells, it is
+    the first answer without citations.
+    """
+    claims = [claim.text for claim in claims_of_passages(question, answers)]
+    if not claims:
+        return without_citations(answers[0]) if answers else ""
+    ended = [text if _ENDED.search(text) else f"{text}." for text in claims]
+    return claims[0] if len(claims) == 1 else " ".join(ended)
+
+
+def union_answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: Sequence[str],
+    prompts: Sequence[Sequence[Prompt]],
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[Response]:
+    """Return `union_of` the greedy answers to each question from each of its passages; of one prompt its answer.
+
+    Args:
+        questions: their texts.
+        prompts: for each question, it with each of its passages.
+        max_new_tokens: of an answer from one passage.
+        batch_size: prompts of a pass.
+
+    Returns:
+        The answers. One has ended if all from its passages have.
+    """
+    flat = [prompt for each in prompts for prompt in each]
+    found = sample_with_ends(model, tokenizer, flat, max_new_tokens, do_sample=False, batch_size=batch_size)
+    responses, answers = (response for (response,) in found), []
+    for question, each in zip(questions, prompts, strict=True):
+        apart = [next(responses) for _ in each]
+        text = union_of(question, [one.text for one in apart]) if len(apart) > 1 else apart[0].text
+        answers.append(Response(text, all(one.has_ended for one in apart)))
+    return answers
+
+
 # ---- answers ----
 
 
 MARGINALS = {"sequence": rag_sequence_answers, "token": rag_token_answers}
+UNION = "union"
 
 
 @dataclass(frozen=True)
@@ -381,10 +507,10 @@ class GroundedAnswer:
 
     Args:
         question: its text.
-        text: the model's output, with its citations, without special tokens.
+        text: the model's output, or the union of several, with its citations, without special tokens.
         passages: its input passages, the best first; the first is [1]. Empty if no passage scored enough.
         has_ended: whether it ended by itself, or was cut off.
-        marginal: whether every passage stood in its own prompt, where numbers do not distinguish passages.
+        marginal: whether the answer is of a mixture over passages, where numbers do not distinguish them.
     """
 
     question: str
@@ -438,7 +564,8 @@ def answer_with_passages(
         seed: of the sampling.
         do_sample: sample at temperature 1.
         batch_size: prompts of a pass.
-        marginal: `sequence` or `token`: every passage in its own prompt, see `rag_sequence_answers`.
+        marginal: every passage in its own prompt: `sequence` or `token` answer by their mixture, see
+            `rag_sequence_answers`; `union` says all that they say, with the passages that say it, see `union_of`.
         weight_temperature: divisor of the scores before the softmax over passages there.
         drop_instructions: leave out sentences of passages with instructions to the reader, see
             `without_instructions`; the `passages` of an answer are as they were found.
@@ -471,25 +598,29 @@ def answer_with_passages(
     pairs = zip(base_prompts, contexts, strict=True)
     prompts = [[grounded(prompt, part) for part in parts(texts)] for prompt, texts in pairs]
     check_room(model, tokenizer, prompts, [parts(ranking) for ranking in result], max_new_tokens)
+    asked = [question_of(prompt) for prompt in base_prompts]
     if marginal is None:
         whole = [prompt for (prompt,) in prompts]
         sampling = {"do_sample": do_sample, "batch_size": batch_size, "seed": seed}
         answers = [response for (response,) in sample_with_ends(model, tokenizer, whole, max_new_tokens, **sampling)]
+    elif marginal == UNION:
+        answers = union_answers(model, tokenizer, asked, prompts, max_new_tokens, batch_size)
     else:
         scores = [[each.score for each in ranking] for ranking in result]
         weights = [passage_weights(each, weight_temperature) if each else [1.0] for each in scores]
         answers = MARGINALS[marginal](model, tokenizer, prompts, weights, max_new_tokens, batch_size)
     return [
-        GroundedAnswer(question_of(prompt), response.text, ranking, response.has_ended, marginal is not None)
-        for prompt, response, ranking in zip(base_prompts, answers, result, strict=True)
+        GroundedAnswer(question, response.text, ranking, response.has_ended, marginal in MARGINALS)
+        for question, response, ranking in zip(asked, answers, result, strict=True)
     ]
 
 
 def _check_options(marginal: str | None, do_sample: bool, max_new_tokens: int, batch_size: int) -> None:
     if marginal is not None:
-        refuse_if(marginal not in MARGINALS, f"marginal={marginal!r}: expected {', '.join(MARGINALS)} or None")
+        known = (*MARGINALS, UNION)
+        refuse_if(marginal not in known, f"marginal={marginal!r}: expected {', '.join(known)} or None")
         with_it = f"do_sample cannot be used with marginal={marginal!r}"
-        refuse_if(do_sample, f"{with_it}, whose answers are the likeliest")
+        refuse_if(do_sample, f"{with_it}, whose answers are greedy")
     for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not isinstance(number, Integral) or number < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {number!r:.40}")

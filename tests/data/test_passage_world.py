@@ -381,12 +381,15 @@ def test_values_that_disagree_are_right_in_any_order_and_both(world):
     for task in passage_tasks(world.facts, CONTRADICTING, 12):
         one, other = task.answer.values
         first, second = task.answer.cites
+        pairs = (task.answer.values, task.answer.cites)
         article = "the " if task.attribute == "home" else ""
         said = f"{one} [{first}] or {article}{other} [{second}]"
         assert said in task.answer.text and judged(task, task.answer.text).is_right
         turned = task.answer.text.replace(said, f"{other} [{second}] or {article}{one} [{first}]")
         without = task.answer.text.replace(said, f"{other} or {one}")
-        for text in (task.answer.text, turned):
+        # A sentence each, as the union of answers from each passage.
+        apart = [task.answer.text.replace(said, f"{value} [{number}]") for value, number in zip(*pairs, strict=True)]
+        for text in (task.answer.text, turned, " ".join(apart), " ".join(apart[::-1])):
             assert judged(task, text).is_right and judged(task, text).cites_right
         # Right, and each with the other's number, or with none.
         swapped = task.answer.text.replace(said, f"{one} [{second}] or {article}{other} [{first}]")
@@ -394,6 +397,11 @@ def test_values_that_disagree_are_right_in_any_order_and_both(world):
             assert judged(task, text).is_right and not judged(task, text).cites_right
         for wrong in (f"{one} [{first}]", f"{other} [{second}]", f"{one} or {one}", f"{said} or blumpa"):
             assert not judged(task, task.answer.text.replace(said, wrong)).is_right, wrong
+        assert not judged(task, " ".join([*apart, task.answer.text.replace(said, "blumpa")])).is_right
+        assert not judged(task, task.answer.text.replace(said, f"{said} or {article}{one}")).is_right
+    (task, *_) = passage_tasks(world.facts, ONE, 1)
+    (value,) = task.answer.values
+    assert not judged(task, task.answer.text.replace(value, f"{value} or {value}")).is_right
 
 
 def test_stored_passages_answer_half_of_the_names(world):

@@ -49,7 +49,7 @@ def prompts_seen(monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize("marginal", [None, "sequence", "token"])
+@pytest.mark.parametrize("marginal", [None, "sequence", "token", "union"])
 @pytest.mark.parametrize("is_base", [False, True])
 def test_a_passage_opens_and_ends_no_turn(make_model, tokenizer, prompts_seen, marginal, is_base, monkeypatch):
     if is_base:

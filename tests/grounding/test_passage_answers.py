@@ -7,7 +7,7 @@ import torch
 
 from hfllm.data.passages import with_passages
 from hfllm.errors import InputError
-from hfllm.generation.responses import sample_with_ends
+from hfllm.generation.responses import Response, sample_with_ends
 from hfllm.grounding.answers import (
     GroundedAnswer,
     answer_with_passages,
@@ -15,6 +15,7 @@ from hfllm.grounding.answers import (
     passage_weights,
     rag_sequence_answers,
     rag_token_answers,
+    union_of,
 )
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever, Found
@@ -57,7 +58,7 @@ def test_one_passage_is_plain_decoding_with_it(make_model, tokenizer, retriever,
         ],
     )
     assert len(set(plain)) > 1
-    for marginal in (None, "sequence", "token"):
+    for marginal in (None, "sequence", "token", "union"):
         answers = answer_with_passages(
             model, tokenizer, QUESTIONS, retriever, top_k=1, max_new_tokens=LENGTH, marginal=marginal
         )
@@ -182,20 +183,74 @@ def test_citations_are_read():
     assert alone.cited == [] and alone.wrong_citations == [2]
 
 
+@pytest.mark.parametrize(
+    ("answers", "union"),
+    [
+        (["It is red [1].", "The fox is blue [1].", "Red [1]."], "It is red [1, 3]. The fox is blue [2]."),
+        # Only what was cited is, and nothing that the model does not have before it.
+        (["I do not know that.", "It is red. It eats [1].", "Not given."], "It is red. It eats [2]."),
+        (["No.", "It is red [1], says [7].", "Blue [1]"], "It is red [2], says. Blue [3]."),
+        # Said from memory, where another is from its passage; and where none is.
+        (["It is blue.", "It is red [1].", "It is red [2]."], "It is red [2]."),
+        (["It is blue.", "The color of the fox is blue."], "It is blue."),
+        (["I do not know.", "The passages do not say."], "I do not know."),
+        # What is cited is no refusal, whatever its words.
+        (["I do not know.", "Nothing is redder [1]."], "Nothing is redder [2]."),
+        # Other words, in another order, or more of them are another answer.
+        (["It is red [1].", "It is not red [1]."], "It is red [1]. It is not red [2]."),
+        (["In 1990 [1].", "In 1990 and 1995 [1]."], "In 1990 [1]. In 1990 and 1995 [2]."),
+        (["12/11 [1].", "11/12 [1].", "-5 [1]", "5 [1]"], "12/11 [1]. 11/12 [2]. -5 [3]. 5 [4]."),
+        (["Ann beat Bob [1].", "Bob beat Ann [1]."], "Ann beat Bob [1]. Bob beat Ann [2]."),
+        (["Er ist rot [1].", "Er ist nicht rot [1]."], "Er ist rot [1]. Er ist nicht rot [2]."),
+        # The question's words tell nothing new, but not all answers of them are the same.
+        (["The fox [1].", "Is the color [1].", "Color [1]."], "The fox [1]. Is the color [2, 3]."),
+        # Nothing is said by marks.
+        (["[1]", "... [1].", "It is red [1]"], "It is red [3]"),
+        (["", " [1]"], ""),
+        ([], ""),
+    ],
+)
+def test_what_passages_say_one_by_one_is_said_together(answers, union):
+    assert union_of("What color is the fox?", answers) == union
+
+
+def test_the_union_is_of_greedy_answers_from_each_passage(make_model, tokenizer, retriever, monkeypatch):
+    model = make_model(initializer_range=0.3)
+    answers = answer_with_passages(
+        model, tokenizer, QUESTIONS, retriever, 3, max_new_tokens=LENGTH, batch_size=3, marginal="union"
+    )
+    sizes = set()
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        prompts = [chat(question, each.passage.text) for each in answer.passages] or [chat(question)]
+        apart = greedy(model, tokenizer, prompts)
+        sizes.add(len(apart))
+        expected = union_of(question, [text for text, _ in apart]) if len(apart) > 1 else apart[0][0]
+        assert (answer.text, answer.has_ended) == (expected, all(has_ended for _, has_ended in apart))
+    assert sizes == {1, 3}
+    # Citations are those of the passages in their order.
+    said = iter(("It is red [1].", "I do not know.", "It is blue [1]."))
+    fixed = lambda *_, **__: [[Response(next(said), True)] for _ in range(3)]  # noqa: E731
+    monkeypatch.setattr("hfllm.grounding.answers.sample_with_ends", fixed)
+    texts = BM25Retriever(Passages.from_texts(["A fox is red.", "A fox runs.", "A fox is blue."]))
+    (answer,) = answer_with_passages(model, tokenizer, ["fox?"], texts, 3, marginal="union")
+    assert answer.text == "It is red [1]. It is blue [3]." and answer.wrong_citations == []
+    assert answer.cited == [answer.passages[0], answer.passages[2]]
+
+
 def test_what_cannot_be_answered_is_refused(make_model, tokenizer, retriever):
     model = make_model()
     with pytest.warns(UserWarning, match=r"min_score=1000000000.0: none of 4 question.s. gets a passage; the best"):
         answers = answer_with_passages(model, tokenizer, QUESTIONS, retriever, min_score=1e9, max_new_tokens=LENGTH)
     assert said(answers) == greedy(model, tokenizer, [chat(question) for question in QUESTIONS])
     long = BM25Retriever(Passages.from_texts(["owl " * 200, "fox"], ["long.txt", "short.txt"]))
-    for marginal in (None, "sequence", "token"):
+    for marginal in (None, "sequence", "token", "union"):
         with pytest.raises(
             InputError, match=r"question 2: its prompt .*context of 256 \(long.txt has \d+\): take a smaller"
         ):
             answer_with_passages(model, tokenizer, ["fox", "owl fox"], long, max_new_tokens=LENGTH, marginal=marginal)
     with pytest.raises(InputError, match=r"question 1: its prompt with 0 passage\(s\) has \d+ tokens, with max_new"):
         answer_with_passages(model, tokenizer, ["zebra"], retriever, max_new_tokens=256)
-    with pytest.raises(InputError, match="marginal='both': expected sequence, token or None"):
+    with pytest.raises(InputError, match="marginal='both': expected sequence, token, union or None"):
         answer_with_passages(model, tokenizer, QUESTIONS, retriever, marginal="both")
     with pytest.raises(InputError, match="do_sample cannot be used with marginal"):
         answer_with_passages(model, tokenizer, QUESTIONS, retriever, marginal="token", do_sample=True)

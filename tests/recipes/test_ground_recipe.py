@@ -115,6 +115,9 @@ def test_the_course_from_nothing_leaves_models_rows_and_a_report(whole):
     promised = {name for each in PROMISES for name in (each.metric, each.control) if isinstance(name, str)}
     assert promised <= metrics.keys()
     assert {f"three_passages_{way}_right_n" for way in ("apart", "alike")} <= metrics.keys()
+    unions = [f"{model}_{group}" for model in ("sft", "grounded") for group in ("three_passages", "contradicting")]
+    for name in (*unions, "grounded_answerable", "grounded_unanswerable"):
+        assert metrics[f"{name}_union_right_n"] == 6
     assert metrics["injected_dropped_follows_n"] == 6
     # The abstainers lie beside the model, and their figures are of the other halves.
     for kind, rows in (("without", 12), ("with", 18)):

@@ -24,6 +24,9 @@ def test_the_world_learns_to_answer_from_passages_and_to_say_what_it_does_not_kn
     # The control has read passages in pretraining too; to refuse what they do not tell, it has not learned.
     for group in ("unread_words", "wrong_passage", "silent"):
         assert found[f"grounded_{group}_right"] > found[f"sft_{group}_right"]
+    # Of two values both are said with a prompt for each passage, and more rarely by the control.
+    name = "contradicting_union_right"
+    assert found[f"grounded_{name}"] > 0.6 and found[f"grounded_{name}"] > found[f"sft_{name}"]
     # Of three passages the one that tells is cited: a third by chance.
     assert found["grounded_three_passages_cites"] > 0.6
     assert min(found["probe_finding"], found["probe_citing"]) > 0.7 and found["probe_missing"] > 0.25

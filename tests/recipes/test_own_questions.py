@@ -400,7 +400,7 @@ def test_ground_runs_on_a_model_of_ones_own(small, more, tmp_path):
     configs = ["--sft_config", str(tmp_path / "sft.yaml"), "--grounded_config", str(tmp_path / "sft.yaml")]
     flags = [*small, *configs, "--dataset_name", jsonl(tmp_path / "rows.jsonl", rows), *more]
     metrics = ground.main(*ground.parse(flags))
-    kinds = (ALONE, AMONG, ABSENT, INJECTED, DISAGREEING)
+    kinds = (*grounded.SHARES, *grounded.UNIONS.values())
     assert {f"{model}_{kind}_right" for model in ("base", "sft", "grounded") for kind in kinds} <= {*metrics}
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["verdict"]["sentence"] and (tmp_path / "out" / "right.png").is_file()

@@ -46,7 +46,7 @@ from hfllm.data.world.world import Task, World
 from hfllm.evaluation.suites.world_suites import JudgedAnswer, gold_by_group, judge_tasks
 from hfllm.generation.responses import sample_responses
 from hfllm.grounding.abstention import control_risk, over_splits
-from hfllm.grounding.answers import passage_weights, rag_sequence_answers_by, without_instructions
+from hfllm.grounding.answers import UNION, passage_weights, rag_sequence_answers_by, union_of, without_instructions
 from hfllm.grounding.passages import Passages
 from hfllm.grounding.retrieval import BM25Retriever, Gated
 from hfllm.grounding.uncertainty import (
@@ -172,6 +172,13 @@ class Asked:
         self.read(tasks)
         return [judged(task, self._texts[_asked(task)]) for task in tasks]
 
+    def apart(self, tasks: Sequence[PassageTask]) -> list[JudgedResponse]:
+        """Return the judged answers to questions, each the union of the answers from its passages one by one."""
+        parts = [[replace(task, told=(each,)) for each in task.told] for task in tasks]
+        self.read(chain.from_iterable(parts))
+        texts = ([self._texts[_asked(part)] for part in of_task] for of_task in parts)
+        return [judged(task, union_of(task.question, each)) for task, each in zip(tasks, texts, strict=True)]
+
     def read(self, tasks: Iterable[PassageTask]) -> None:
         """Let the model answer the questions that are new to it, all together."""
         new = {_asked(task): task.prompt for task in tasks if _asked(task) not in self._texts}
@@ -189,14 +196,13 @@ def judged(task: PassageTask, response: str) -> JudgedResponse:
     """Return a response with its judgment."""
     text = without_citations(response)
     claimed, said = {*_CLAIM.findall(text.lower())}, _SAID.findall(text.lower())
-    # Values that disagree are right in any order, and nothing else is said beside them.
+    # Values that disagree are right in any order, in one sentence or one each, and nothing else is said beside them.
     orders = (replace(task.gold, needed=each) for each in permutations(task.answer.values))
     is_right = any(gold_score(text, gold) >= RIGHT for gold in orders) and claimed <= {task.animal}
-    is_right = is_right and all(
-        attribute == task.attribute
-        and sorted(filter(None, re.split(" or (?:the )?", values))) == sorted(task.answer.values)
-        for attribute, values in said
-    )
+    values = [re.split(" or (?:the )?", each) for _, each in said]
+    is_right = is_right and all(attribute == task.attribute for attribute, _ in said)
+    is_right = is_right and all(len({*each}) == len(each) for each in values)
+    is_right = is_right and (not said or {*chain.from_iterable(values)} == {*(task.answer.values or ("",))})
     cites_right = sorted(citations_of(response)) == sorted(task.answer.cites)
     if len(task.answer.values) > 1:
         pairs = [(value, int(number)) for value, number in _CITED.findall(response)]
@@ -242,13 +248,28 @@ PROMISES = (
     *(Promise(f"{LABELS[group]}: right", f"{GROUNDED}_{group}_right", GUESSES[group], "a guess") for group in GUESSES),
     *(
         Promise(f"{LABELS[group]}: right", f"{GROUNDED}_{group}_right", f"{SFT}_{group}_right", "one " + TITLES[SFT])
-        for group in (UNREAD_WORDS, CHANGED, CONTRADICTING, WRONG, SILENT)
+        for group in (UNREAD_WORDS, CHANGED, WRONG, SILENT)
+    ),
+    Promise(
+        f"{LABELS[CONTRADICTING]}: both said, from a prompt each",
+        f"{GROUNDED}_{CONTRADICTING}_{UNION}_right",
+        f"{SFT}_{CONTRADICTING}_{UNION}_right",
+        "one " + TITLES[SFT],
     ),
 )
+# The beginnings of the metrics of answers by RAG-Sequence, whose numbers do not distinguish passages.
+MIXTURES = (f"{THREE}_{APART}", f"{THREE}_{ALIKE}")
 WAYS = {
     "three in one prompt": f"{GROUNDED}_{THREE}",
-    "each in a prompt of its own, weighed by BM25": f"{THREE}_{APART}",
-    "the same, weighed alike": f"{THREE}_{ALIKE}",
+    "each in a prompt of its own, all that they say": f"{GROUNDED}_{THREE}_{UNION}",
+    f"the same, of one {TITLES[SFT]}": f"{SFT}_{THREE}_{UNION}",
+    "RAG-Sequence, weighed by BM25": MIXTURES[0],
+    "RAG-Sequence, weighed alike": MIXTURES[1],
+    "two that disagree, in one prompt": f"{GROUNDED}_{CONTRADICTING}",
+    "each in a prompt of its own, both said": f"{GROUNDED}_{CONTRADICTING}_{UNION}",
+    f"both said, of one {TITLES[SFT]}": f"{SFT}_{CONTRADICTING}_{UNION}",
+    "found by BM25, one tells, each in a prompt of its own": f"{GROUNDED}_{ANSWERABLE}_{UNION}",
+    "found by BM25, none tells, each in a prompt of its own: refused": f"{GROUNDED}_{UNANSWERABLE}_{UNION}",
     "one that holds an instruction": f"{GROUNDED}_{INJECTED}",
     "the same, its instruction left out by rules": f"{INJECTED}_{DROPPED}",
 }
@@ -285,14 +306,16 @@ def report(
     Args:
         answers: with given passages.
         retrieval: of the grounded model, with retrieved passages.
-        ways: of the grounded model, with three passages in separate prompts, by `APART` and `ALIKE`, and, by
-            `DROPPED`, with passages after removal of an instruction.
+        ways: by the beginning of their metrics: with passages in separate prompts, by `UNION`, `APART` and `ALIKE`,
+            and, by `DROPPED`, with passages after removal of an instruction.
         golds: of answers to the world's questions without passages.
         parts: other measurements; their figures, tables and plots follow.
 
     Returns:
         Metrics `MODEL_GROUP_right`, `MODEL_one_passage_right_ATTRIBUTE`, `MODEL_GROUP_cites` (of right answers from
-        passages), `MODEL_injected_follows`; `three_passages_apart_right`, and `three_passages_alike_right` as its
+        passages), `MODEL_injected_follows`; with every passage in its own prompt, `MODEL_GROUP_union_right` and
+        `MODEL_GROUP_union_cites` of three passages and of two that disagree, and `grounded_KIND_union_right` of
+        passages found by BM25 without the gate; `three_passages_apart_right`, and `three_passages_alike_right` as its
         control, with all passages weighted equally; `injected_dropped_right` and `injected_dropped_follows`;
         `gated_KIND_right` and `ungated_KIND_right` end to end, and the `gate`; `MODEL_world_gold`, and
         `world_gold_kept`, the ratio of both.
@@ -301,11 +324,10 @@ def report(
     for model, of_model in answers.items():
         for group, responses in of_model.items():
             metrics |= group_metrics(f"{model}_{group}", responses)
-    for way, responses in ways.items():
-        group = responses[0].task.group
-        metrics |= mean_of(f"{group}_{way}_right", [float(each.is_right) for each in responses])
-        if group == INJECTED:
-            metrics |= mean_of(f"{group}_{way}_follows", [float(each.follows) for each in responses])
+    for name, responses in ways.items():
+        found = group_metrics(name, responses)
+        cites = f"{name}_cites" if name in MIXTURES else None
+        metrics |= {key: value for key, value in found.items() if not cites or not key.startswith(cites)}
     for way, of_way in retrieval.answers.items():
         for kind, responses in of_way.items():
             metrics |= mean_of(f"{way}_{kind}_right", [float(each.is_right) for each in responses])
@@ -375,10 +397,11 @@ def _tables(
             }
             for group in GROUPS
         ],
-        "Three passages, and passages with an instruction": [
+        "Several passages, and passages with an instruction": [
             {
                 "passages": title,
                 "right": text(f"{name}_right"),
+                "right ones that cite rightly": text(f"{name}_cites"),
                 "follows": text(f"{name}_follows"),
                 "n": f"{metrics[f'{name}_right_n']:,}",
             }
@@ -439,17 +462,21 @@ def compare_models(course: Course, world: World, num_questions: int, num_samples
     """
     tasks_by_group = {group: passage_tasks(world.facts, group, num_questions) for group in GROUPS}
     tasks = world.evaluation_tasks(NUM_WORLD_TASKS)
-    answers, golds, parts = {}, {}, []
+    answers, ways, golds, parts = {}, {}, {}, []
     for name in MODELS:
         speaking = load_speaking(NamedModel(course.folder(name), settings={"dtype": "float32"}))
         ask = Asked(speaking)
         ask.read(chain.from_iterable(tasks_by_group.values()))
         answers[name] = {group: ask(each) for group, each in tasks_by_group.items()}
+        ways |= {f"{name}_{group}_{UNION}": ask.apart(tasks_by_group[group]) for group in (THREE, CONTRADICTING)}
         golds[name] = judge_tasks(speaking.model, speaking.tokenizer, tasks, RESPONSE_LENGTH, do_sample=False)
         if name == GROUNDED:
             retrieval = end_to_end(world, num_questions, ask)
-            ways = dict(zip((APART, ALIKE), each_apart(speaking, tasks_by_group[THREE]), strict=True))
-            ways[DROPPED] = ask([without_told_instructions(task) for task in tasks_by_group[INJECTED]])
+            for kind in (ANSWERABLE, UNANSWERABLE):
+                found = [each.task for each in retrieval.answers[UNGATED][kind]]
+                ways[f"{name}_{kind}_{UNION}"] = ask.apart(found)
+            ways |= zip(MIXTURES, each_apart(speaking, tasks_by_group[THREE]), strict=True)
+            ways[f"{INJECTED}_{DROPPED}"] = ask([without_told_instructions(task) for task in tasks_by_group[INJECTED]])
             parts.append(measure_confidence(world, speaking, num_samples, seed))
             parts.append(calibrate(world, speaking, course.folder(GROUNDED), seed))
             folder = course.folder(REWARD)

@@ -20,6 +20,7 @@ from hfllm.data.tokenizer import plain_text
 from hfllm.data.word_index import WordIndex
 from hfllm.errors import refuse_if
 from hfllm.generation.responses import sample_responses
+from hfllm.grounding.answers import UNION, claims_of_passages, refuses, union_of
 from hfllm.outputs.figures import mean_of, shown
 from hfllm.outputs.report import Found
 from hfllm.outputs.verdict import Promise
@@ -27,24 +28,11 @@ from hfllm.runs.models import NamedModel
 from hfllm.runs.pipeline import Row
 from hfllm.stages.courses import longest_of, refuse_own_inputs_in, room_of, say_left_out
 from hfllm.stages.ground.flags import GROUNDED, SFT, Course, GroundArguments
-from hfllm.stages.shared import kept_rows, load_speaking, plot_of_right
+from hfllm.stages.shared import Speaking, kept_rows, load_speaking, plot_of_right
 
 STAGE = "hfllm ground"
 # What is answered where no passage tells.
 REFUSAL = "The passages do not say."
-# How models say so in words of their own. A negation belongs to a verb of telling, and that to passages or the reader.
-_NOT = r"(?:n't| not|not| never)"
-_TOLD = r"(?:mentioned|stated|said|told|given|specified|provided|described|included|contained|known|clear|answered)"
-_TELL = r"(?:say|tell|mention|state|give|specify|provide|describe|include|contain|answer|know|find|determine|explain)"
-_READ = r"(?:passages?|texts?|contexts?|documents?|sources?|articles?|information)"
-REFUSES = re.compile(
-    rf"\b{_READ}\b[^.!?]{{0,30}}\b(?:do|does|did|can|could|is|are|was|were){_NOT}\b[^.!?]{{0,20}}\b(?:{_TELL}|{_TOLD})\b"
-    rf"|\b(?:it|that|this|answer)\b[^.!?]{{0,30}}\b(?:is|was|are|were){_NOT}\b(?: \w+)? {_TOLD}\b"
-    rf"|\b(?:I|we|one) (?:do|did|can|ca|could){_NOT}\b(?: \w+)? {_TELL}\b"
-    r"|\bno (?:information|mention|answer|passages?)\b|\b(?:says?|tells?|mentions?) nothing\b|\bnothing (?:is|about)\b"
-    rf"|\bunable to {_TELL}\b|\bnot (?:mentioned|stated|specified|provided|given)\b|^\s*unknown\b",
-    re.IGNORECASE,
-)
 # Letters of scripts that are written without spaces between words.
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 # Words, numbers with their sign, and names such as C++ and C#.
@@ -56,6 +44,9 @@ LABELS = {
     **{ALONE: "its passage alone", AMONG: "its passage among three", ABSENT: "three passages, none tells"},
     **{INJECTED: "its passage holds an instruction", DISAGREEING: "two passages disagree"},
 }
+# Kinds with several passages are also asked with each in a prompt of its own.
+UNIONS = {kind: f"{kind}_{UNION}" for kind in (AMONG, ABSENT, DISAGREEING)}
+LABELS |= {union: f"{LABELS[kind]}, a prompt each" for kind, union in UNIONS.items()}
 BASE = "base"
 TITLES = {BASE: "your model", SFT: "tuned without passages", GROUNDED: "grounded"}
 # Passages of a prompt where there are several, and the longest answer in tokens.
@@ -364,14 +355,22 @@ def judged(asked: Asked, response: str) -> Judged:
     """Return a response with its judgment."""
     text = without_citations(response)
     if not asked.expected:
-        refuses = bool(REFUSES.search(text.replace("\u2019", "'"))) and not citations_of(response)
-        return Judged(asked, response, refuses, False, False)
+        is_refused = refuses(text) and not citations_of(response)
+        return Judged(asked, response, is_refused, False, False)
     # An answer may have numbers in brackets of its own.
     said = response if any(citations_of(each) for forms in asked.expected for each in forms) else text
     is_right = all(any(_in(each, said) for each in forms) for forms in asked.expected)
     cites = is_right and sorted(citations_of(response)) == sorted(citations_of(asked.answer))
     follows = bool(asked.other) and _in(asked.other, text) and not is_right
     return Judged(asked, response, is_right, cites, follows)
+
+
+def judged_union(asked: Asked, responses: Sequence[str]) -> Judged:
+    """Return the union of the responses from each passage with its judgment: to list more than expected is wrong."""
+    question = asked.problem.question
+    found = judged(asked, union_of(question, responses))
+    is_all = len(claims_of_passages(question, responses)) == len(asked.expected)
+    return replace(found, is_right=found.is_right and is_all, cites=found.cites and is_all)
 
 
 def questions(learned: Sequence[Problem], held_out: Sequence[Problem], seed: int) -> dict[str, list[Asked]]:
@@ -384,18 +383,28 @@ def questions(learned: Sequence[Problem], held_out: Sequence[Problem], seed: int
 
 
 def ask(course: Course, like: NamedModel, asked: Mapping[str, Sequence[Asked]]) -> dict[str, dict[str, list[Judged]]]:
-    """Return the greedy answers of the user's model and of both runs, by model and kind."""
+    """Return the greedy answers of the user's model and of both runs, by model and kind.
+
+    Where there are several passages, also the union of the answers from each: see `hfllm.grounding.answers.union_of`.
+    """
     models = {BASE: like} | {name: replace(like, name=course.folder(name), revision="main") for name in course.runs}
     answers: dict[str, dict[str, list[Judged]]] = {}
     for name, model in models.items():
         speaking, answers[name] = load_speaking(replace(model, trains_adapter=False)), {}
         for kind, each in asked.items():
-            prompts = [one.prompt() for one in each]
-            texts = sample_responses(
-                speaking.model, speaking.tokenizer, prompts, RESPONSE_LENGTH, do_sample=False, batch_size=16
-            )
-            answers[name][kind] = [judged(one, text[0]) for one, text in zip(each, texts, strict=True)]
+            texts = _said(speaking, [one.prompt() for one in each])
+            answers[name][kind] = list(map(judged, each, texts))
+            if kind in UNIONS:
+                parts = [[replace(one, told=(text,)).prompt() for text in one.told] for one in each]
+                apart = iter(_said(speaking, [prompt for prompts in parts for prompt in prompts]))
+                answers[name][UNIONS[kind]] = [judged_union(one, [next(apart) for _ in one.told]) for one in each]
     return answers
+
+
+def _said(speaking: Speaking, prompts: Sequence[list[Message]]) -> list[str]:
+    """Return a model's greedy answers."""
+    model = speaking.model, speaking.tokenizer
+    return [text for (text,) in sample_responses(*model, prompts, RESPONSE_LENGTH, do_sample=False, batch_size=16)]
 
 
 # ---- report ----
@@ -409,17 +418,18 @@ def report(answers: Answers) -> Found:
 
     Returns:
         Metrics `MODEL_KIND_right` (a refusal where none tells), `MODEL_KIND_cites` (right, and cites the right
-        passages) and `MODEL_injected_follows`, of `base`, `sft` (the control) and `grounded`.
+        passages) and `MODEL_injected_follows`, of `base`, `sft` (the control) and `grounded`; kinds that end with
+        `_union` have each passage in a prompt of its own.
     """
     metrics: dict[str, float] = {}
     for model, of_model in answers.items():
         for kind, each in of_model.items():
             metrics |= mean_of(f"{model}_{kind}_right", [float(one.is_right) for one in each])
-            if kind != ABSENT:
+            if kind not in (ABSENT, UNIONS[ABSENT]):
                 metrics |= mean_of(f"{model}_{kind}_cites", [float(one.cites) for one in each])
         if INJECTED in of_model:
             metrics |= mean_of(f"{model}_{INJECTED}_follows", [float(one.follows) for one in of_model[INJECTED]])
-    kinds = list(answers[GROUNDED])
+    kinds = [kind for kind in answers[GROUNDED] if kind in SHARES]
     shares = {TITLES[model]: [metrics[f"{model}_{kind}_right"] for kind in kinds] for model in answers}
     plots = {"right": plot_of_right(shares, [LABELS[kind].replace(" ", "\n", 1) for kind in kinds])}
     return Found(metrics, _summary(metrics), _tables(metrics, answers), plots, CLAIMS)
@@ -449,11 +459,12 @@ def _tables(metrics: Mapping[str, float], answers: Answers) -> dict[str, list[di
         cells: dict[str, str] = {"asked with": LABELS[kind]}
         for model in answers:
             cells[TITLES[model]] = shown(metrics, f"{model}_{kind}_right")
-            if kind != ABSENT:
+            if kind not in (ABSENT, UNIONS[ABSENT]):
                 cells[f"{TITLES[model]}, cites"] = shown(metrics, f"{model}_{kind}_cites")
         rows.append({**cells, "n": f"{len(each):,}"})
     samples = [
         {
+            "asked with": LABELS[kind],
             "prompt": one.asked.prompt()[-1]["content"],
             "expected": one.asked.answer,
             **{TITLES[model]: answers[model][kind][index].response for model in answers},
