@@ -187,7 +187,7 @@ def test_citations_are_read():
     ("answers", "union"),
     [
         (["It is red [1].", "The fox is blue [1].", "Red [1]."], "It is red [1, 3]. The fox is blue [2]."),
-        # Only what was cited is, and nothing that the model does not have before it.
+        # A sentence without a citation gets none, and numbers that no passage had are left out.
         (["I do not know that.", "It is red. It eats [1].", "Not given."], "It is red. It eats [2]."),
         (["No.", "It is red [1], says [7].", "Blue [1]"], "It is red [2], says. Blue [3]."),
         # Said from memory, where another is from its passage; and where none is.

@@ -367,9 +367,8 @@ def judged(asked: Asked, response: str) -> Judged:
 
 def judged_union(asked: Asked, responses: Sequence[str]) -> Judged:
     """Return the union of the responses from each passage with its judgment: to list more than expected is wrong."""
-    question = asked.problem.question
-    found = judged(asked, union_of(question, responses))
-    is_all = len(claims_of_passages(question, responses)) == len(asked.expected)
+    found = judged(asked, union_of(asked.problem.question, responses))
+    is_all = len(claims_of_passages(asked.problem.question, responses)) == len(asked.expected)
     return replace(found, is_right=found.is_right and is_all, cites=found.cites and is_all)
 
 
