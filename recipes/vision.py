@@ -97,7 +97,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     model = trainer.accelerator.unwrap_model(trainer.model)
 
     most, prior = script_args.max_new_tokens, vision.prior_of(dataset_name, count)
-    result = judge_answers(model, processor, parts, prior, most)
+    result = judge_answers(model, processor, parts, prior, most, vision.style_parts(dataset_name, count))
     summary, tables, plots = result.summary, dict(result.tables), dict(result.plots)
     metrics = {
         **result.metrics,

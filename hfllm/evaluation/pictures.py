@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hfllm.data.images.files import image_key, read_image
 from hfllm.data.images.rows import conversation_batch, text_of
 from hfllm.data.world.pictures import Scene
+from hfllm.data.world.wordings import usual_wording
 from hfllm.errors import refuse_if
 from hfllm.evaluation.suites.base import Item, Record, Subject, Suite
 from hfllm.generation.scoring import evaluating
@@ -103,9 +104,14 @@ def best_guesses(questions: Sequence[Asked], others: Sequence[Asked] = ()) -> li
     """
     answers: dict[str, Counter[str]] = {}
     for question in others or questions:
-        answers.setdefault(question.question, Counter())[question.answer] += 1
+        answers.setdefault(_same_words(question), Counter())[question.answer] += 1
     overall = Counter(question.answer for question in others or questions)
-    return [answers.get(question.question, overall).most_common(1)[0][0] for question in questions]
+    return [answers.get(_same_words(question), overall).most_common(1)[0][0] for question in questions]
+
+
+def _same_words(question: Asked) -> str:
+    """Return what questions with the same meaning share: of the drawn world all wordings, of other rows the words."""
+    return question.question if question.scene is None else usual_wording(question.question)
 
 
 # ---- answers ----

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from collections import Counter, defaultdict
 
 import pytest
@@ -18,7 +19,6 @@ from hfllm.data.world.pictures import (
     RELATION,
     SEEN,
     SHAPES,
-    SIZE,
     TEXT,
     TRAINED_FAMILIES,
     WORDS,
@@ -64,40 +64,11 @@ def test_training_shows_no_held_out_pair_and_names_none():
     for example in some(1500):
         assert {thing.pair for thing in example.scene.things} <= set(SEEN)
         for question in example.questions:
-            named = [word for word in question.text.strip("?").split() if word in COLORS or word in SHAPES]
+            named = [word for word in words_in(question.text) if word in COLORS or word in SHAPES]
             assert len(named) < 2 or tuple(named) not in HELD_OUT
     for example in some(300, held_out=True):
         assert example.scene.things[0].pair in HELD_OUT
         assert {thing.pair for thing in example.scene.things[1:]} <= set(SEEN)
-
-
-def shown(picture):
-    """Return the mean color of the lit pixels of each corner, `None` where there are none, by the pixels alone."""
-    half, found = SIZE // 2, []
-    for corner in range(4):
-        left, top = half * (corner % 2), half * (corner // 2)
-        pixels = [picture.getpixel((left + x, top + y)) for x in range(half) for y in range(half)]
-        ground = min(pixels, key=sum)
-        lit = [pixel for pixel in pixels if max(abs(a - b) for a, b in zip(pixel, ground, strict=True)) > 30]
-        found.append(tuple(sum(part) / len(lit) for part in zip(*lit, strict=True)) if lit else None)
-    return found
-
-
-@pytest.mark.slow
-def test_pictures_show_what_the_scene_says():
-    """Colors and corners are read back from the pixels: the nearest of all colors, and nothing where nothing is."""
-    right = total = 0
-    for example in some(300):
-        colors = {thing.corner: thing.color for thing in example.scene.things}
-        for corner, color in enumerate(shown(example.picture)):
-            is_there = corner in colors or corner == example.scene.word_corner
-            assert (color is not None) == is_there
-            if corner in colors:
-                nearest = min(
-                    COLORS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLORS[name], color, strict=True))
-                )
-                right, total = right + (nearest == colors[corner]), total + 1
-    assert right / total > 0.95
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -110,16 +81,22 @@ def test_shapes_differ_in_their_pixels(shape):
     assert all(pixels(shape) != pixels(other) for other in SHAPES if other != shape)
 
 
+def words_in(text):
+    return re.sub("[?.,]", "", text).split()
+
+
 def answer_of(scene, text):
-    """Return the answer to a question by reading it, without the code that asks it."""
-    words = text.strip("?").split()
-    if text.startswith("How many"):
-        return COUNTS[len(scene.things) - 1]
-    if text.startswith("Which word"):
-        return NOT_THERE if scene.word is None else f"{PLACES[scene.word_corner]}: {scene.word}"
+    """Return the answer to a question by reading it, in any wording, without the code that asks it."""
+    words = words_in(text)
     named = [word for word in words if word in COLORS or word in SHAPES]
-    if "from" in words:
-        one, other = ([thing for thing in scene.things if thing.shape == name] for name in named)
+    if not named and "word" in words:
+        return NOT_THERE if scene.word is None else f"{PLACES[scene.word_corner]}: {scene.word}"
+    if not named:
+        return COUNTS[len(scene.things) - 1]
+    if "from" in words or "From" in words:
+        (second,) = re.findall("(?i)from the ([a-z]+)", text)
+        (first,) = set(named) - {second}
+        one, other = ([thing for thing in scene.things if thing.shape == name] for name in (first, second))
         if not one or not other:
             return NOT_THERE
         assert len(one) == len(other) == 1
@@ -132,8 +109,9 @@ def answer_of(scene, text):
         return NOT_THERE
     assert len(meant) == 1
     place = PLACES[meant[0].corner]
-    asked = {"What color": f"{place}: {meant[0].color}", "What shape": f"{place}: {meant[0].shape}", "Where is": place}
-    return asked[" ".join(words[:2])]
+    if "color" in words:
+        return f"{place}: {meant[0].color}"
+    return f"{place}: {meant[0].shape}" if "shape" in words else place
 
 
 def test_answers_follow_from_the_scene_alone():
@@ -171,8 +149,9 @@ def test_half_of_the_absent_pairs_have_both_parts_in_the_picture():
     for example in some(1500):
         colors, shapes = ({thing.pair[part] for thing in example.scene.things} for part in (0, 1))
         for question in example.questions:
-            if question.family == ABSENT and question.text.startswith("Where"):
-                color, shape = question.text.strip("?").split()[-2:]
+            named = [word for word in words_in(question.text) if word in COLORS or word in SHAPES]
+            if question.family == ABSENT and len(named) == 2:
+                color, shape = named
                 assert color in colors or shape in shapes
                 near, total = near + (color in colors and shape in shapes), total + 1
     assert 0.2 < near / total < 0.6
@@ -183,7 +162,7 @@ def test_questions_about_held_out_pairs_are_about_them():
         thing = example.scene.things[0]
         for question in example.questions:
             if question.family in ("color", "shape"):
-                asked = set(thing.pair) & set(question.text.strip("?").split())
+                asked = set(thing.pair) & set(words_in(question.text))
                 (said,) = set(thing.pair) - asked
                 assert len(asked) == 1 and question.answer == f"{PLACES[thing.corner]}: {said}"
 
@@ -216,10 +195,12 @@ def test_the_gold_reward_pays_for_right_answers_alone():
     assert len(seen["color"]) > len(COLORS) / 2 and isinstance(question.gold, GoldAnswer)
 
 
-def test_scenes_have_corners_of_their_own():
-    rng = random.Random(0)
+def test_corners_have_at_most_two_things_or_a_word():
+    rng, crowded = random.Random(0), 0
     for _ in range(300):
         scene = draw_scene(rng)
-        corners = [thing.corner for thing in scene.things] + [scene.word_corner] * (scene.word is not None)
-        assert len(set(corners)) == len(corners) <= 4
+        corners = [thing.corner for thing in scene.things]
+        assert scene.word_corner not in corners and len(corners) - len(set(corners)) <= 1
+        crowded += len(set(corners)) < len(corners)
         assert draw_question(scene, rng, families=("count",)).family == "count"
+    assert 30 < crowded < 120

@@ -12,10 +12,11 @@ An answer first says where it has looked. Finding a thing by its shape and readi
 finding its corner, and reading the color there, are two steps that are learned early, and each works for colors and
 shapes that were never seen together.
 
-An image has one to three shapes, each in a corner of its own, on dark ground, with shades, sizes and places that vary
-a little. `HELD_OUT` holds a fifth of the pairs of color and shape: no training image shows them, though each of
-their colors and shapes is seen in many others. A model that answers about them has learned color and shape apart, not
-pairs by heart. With fewer than about 48 pairs no model does.
+An image has one to three shapes, each at a random position of a random size, at most two in one corner, on a ground of
+any color, plain or with a pattern, and questions have several wordings: `Style` has what varies, and `STYLES` what no
+training image or question has. `HELD_OUT` holds a fifth of the pairs of color and shape: no training image shows them,
+though each of their colors and shapes is seen in many others. A model that answers about them has learned color and
+shape apart, not pairs by heart. With fewer than about 48 pairs no model does.
 
 Captions name the things corner by corner, colors and shapes in two lists, so that neither can be guessed from the
 other.
@@ -24,22 +25,22 @@ other.
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cmp_to_key
+from itertools import product
 from typing import TYPE_CHECKING
 
 from hfllm.data.sources import DIGITS, PICTURES
+from hfllm.data.world import drawing
+from hfllm.data.world.drawing import HALF, SIZE, Spot
 from hfllm.data.world.rubric import GoldAnswer, words_of
+from hfllm.data.world.wordings import COLOR, COUNT, PLACE, RELATION, SHAPE, TEXT, WORDINGS, meaning_of, usual_wording
 from hfllm.errors import InputError
 
 if TYPE_CHECKING:
     import numpy
     from PIL.Image import Image
-    from PIL.ImageDraw import ImageDraw
-    from PIL.ImageFont import ImageFont
 
 
-SIZE = 24
-CELL = SIZE // 2
 COLORS = {
     **{"red": (215, 40, 40), "orange": (240, 130, 30), "yellow": (235, 215, 50), "lime": (150, 230, 40)},
     **{"green": (35, 145, 55), "cyan": (50, 200, 215), "blue": (50, 90, 225), "navy": (30, 40, 125)},
@@ -59,42 +60,94 @@ Pair = tuple[str, str]
 PAIRS: tuple[Pair, ...] = tuple((color, shape) for color in COLORS for shape in SHAPES)
 HELD_OUT: tuple[Pair, ...] = PAIRS[2::5]
 SEEN: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
-COLOR, SHAPE, COUNT, PLACE, RELATION, TEXT, ABSENT = FAMILIES = (
-    *("color", "shape", "count", "place", "relation", "text", "absent"),
-)
+ABSENT = "absent"
+FAMILIES = (COLOR, SHAPE, COUNT, PLACE, RELATION, TEXT, ABSENT)
 # How often each is drawn in training: questions with two lookups, or with a search in vain, are learned last.
 TRAINED_FAMILIES = (COUNT, TEXT, *[COLOR, PLACE] * 3, *[SHAPE] * 4, *[ABSENT] * 5, *[RELATION] * 6)
 NOT_THERE = "not in the picture"
 WORD = "word"
 ASK_COLORS, ASK_SHAPES = "Name the colors.", "Name the shapes."
-ASK_COUNT, ASK_WORD = "How many shapes are there?", "Which word is written?"
+ASK_COUNT, ASK_WORD = WORDINGS[COUNT].trained[0], WORDINGS[TEXT].trained[0]
 # How many shapes images have, and the share of them with a word.
 NUMBERS, SHARE_OF_WORDS = (1, 2, 2, 3), 0.3
 # In training: among three things a look at random is right less often.
 TRAINED_NUMBERS = (1, 2, 3, 3)
+# Share of questions in the usual wording; the others have one of the rest.
+SHARE_USUAL = 0.4
+
+
+@dataclass(frozen=True)
+class Style:
+    """How images are drawn and asked about; by default as in training.
+
+    Args:
+        radii: of shapes, to draw from, in pixels.
+        patterns: of grounds, to draw from.
+        has_other_grounds: whether plain grounds have colors that no plain ground of training has.
+        share_crowded: share of the images of two and more things that have two in one corner.
+        move: pixels by which everything is moved along an axis, from where training has things.
+        has_other_wordings: whether questions are held-out wordings.
+    """
+
+    radii: tuple[int, ...] = drawing.RADII
+    patterns: tuple[str, ...] = drawing.TRAINED_PATTERNS
+    has_other_grounds: bool = False
+    share_crowded: float = 0.3
+    move: int = 0
+    has_other_wordings: bool = False
+
+
+TRAINED_STYLE = Style()
+# What no training image has, one by one; two things in one corner training does have.
+MOVED, GROUNDS, PATTERNS, SIZES, CROWDED, REWORDED = ("moved", "grounds", "patterns", "sizes", "crowded", "reworded")
+STYLES = {
+    MOVED: Style(move=drawing.MOVE),
+    GROUNDS: Style(patterns=(drawing.PLAIN,), has_other_grounds=True),
+    PATTERNS: Style(patterns=drawing.HELD_OUT_PATTERNS),
+    SIZES: Style(radii=drawing.HELD_OUT_RADII, share_crowded=0),
+    CROWDED: Style(share_crowded=1),
+    REWORDED: Style(has_other_wordings=True),
+}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape of a color in a corner, by its number in `PLACES`."""
+    """A shape of a color in a corner, by its number in `PLACES`.
+
+    Args:
+        center: its pixel (x, y); by default the middle of the corner.
+        radius: pixels to each side of the center.
+    """
 
     color: str
     shape: str
     corner: int
+    center: Spot | None = None
+    radius: int = 4
 
     @property
     def pair(self) -> Pair:
         """Its color and shape."""
         return self.color, self.shape
 
+    @property
+    def spot(self) -> Spot:
+        """Its center in pixels."""
+        return self.center or (HALF // 2 + HALF * (self.corner % 2), HALF // 2 + HALF * (self.corner // 2))
+
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of an image: its things, the first of which questions may be about, and its word if there is one."""
+    """The content of an image: its things, the first of which questions may be about, and its word if there is one.
+
+    Args:
+        word_spot: the first pixel of the word; by default that of its corner.
+    """
 
     things: tuple[Thing, ...]
     word: str | None = None
     word_corner: int | None = None
+    word_spot: Spot | None = None
 
     def only(self, shape: str = "", color: str = "") -> bool:
         """Return whether exactly one thing has this shape, this color, or both."""
@@ -122,32 +175,80 @@ class Question:
         return self.gold.columns()
 
 
-def draw_scene(rng: random.Random, held_out: bool = False, numbers: Sequence[int] = NUMBERS) -> Scene:
+def draw_scene(
+    rng: random.Random, held_out: bool = False, numbers: Sequence[int] = NUMBERS, style: Style = TRAINED_STYLE
+) -> Scene:
     """Return a scene; with `held_out` its first thing is one of the pairs absent from all training images.
 
     Args:
         numbers: of things, to draw from; at most three.
+        style: of the image; in a crowded one the first two things are in one corner.
     """
-    corners = rng.sample(range(len(PLACES)), len(PLACES))
     pairs = [rng.choice(SEEN) for _ in range(rng.choice(numbers))]
     if held_out:
         pairs[0] = rng.choice(HELD_OUT)
-    things = tuple(Thing(*pair, corner) for pair, corner in zip(pairs, corners, strict=False))
-    has_word = rng.random() < SHARE_OF_WORDS
-    return Scene(things, rng.choice(WORDS), corners[-1]) if has_word else Scene(things)
+    corners = rng.sample(range(len(PLACES)), len(PLACES))
+    is_crowded = rng.random() < style.share_crowded
+    if is_crowded and len(pairs) > 1:
+        corners = [corners[0], *corners]
+    word = rng.choice(WORDS) if rng.random() < SHARE_OF_WORDS else None
+    scene = None
+    while scene is None:
+        scene = _placed(rng, pairs, corners, word, style)
+    return scene
+
+
+def _placed(
+    rng: random.Random, pairs: Sequence[Pair], corners: Sequence[int], word: str | None, style: Style
+) -> Scene | None:
+    """Return the scene of things at random positions, moved as the style has it; `None` where one would leave it."""
+    word_corner = None if word is None else corners[-1]
+    spots, radii, word_spot = drawing.draw_spots(rng, corners[: len(pairs)], style.radii, word_corner)
+    placed = zip(pairs, corners, spots, radii, strict=False)
+    scene = Scene(tuple(Thing(*pair, *where) for pair, *where in placed), word, word_corner, word_spot)
+    if not style.move:
+        return scene
+    step = rng.choice(((style.move, 0), (-style.move, 0), (0, style.move), (0, -style.move)))
+    scene = moved(scene, *step)
+    is_inside = all(drawing.is_allowed(each.spot, each.corner, each.radius) for each in scene.things)
+    return scene if is_inside and (word is None or drawing.is_allowed_word(scene.word_spot, word_corner)) else None
+
+
+def moved(scene: Scene, across: int, down: int) -> Scene:
+    """Return a scene with everything moved by pixels to the right and down; corners stay as they are named."""
+
+    def move(spot: Spot) -> Spot:
+        return spot[0] + across, spot[1] + down
+
+    things = tuple(replace(thing, center=move(thing.spot)) for thing in scene.things)
+    word_spot = None if scene.word is None else move(_word_spot(scene))
+    return replace(scene, things=things, word_spot=word_spot)
+
+
+def _word_spot(scene: Scene) -> Spot:
+    return scene.word_spot or (HALF * (scene.word_corner % 2), HALF * (scene.word_corner // 2))
 
 
 def captions(scene: Scene) -> tuple[tuple[str, str], ...]:
-    """Return both captions as (request, caption): the colors, and the shapes, of the corners with a thing."""
-    at = {thing.corner: thing for thing in scene.things}
-    colors = {corner: thing.color for corner, thing in at.items()}
-    shapes = {corner: thing.shape for corner, thing in at.items()}
+    """Return both captions as (request, caption): the colors, and the shapes, corner by corner.
+
+    Of two things in one corner the left one comes first, or else the upper one.
+    """
+    named = [(thing.corner, thing.color, thing.shape) for thing in sorted(scene.things, key=cmp_to_key(_order))]
     if scene.word is not None:
-        colors[scene.word_corner], shapes[scene.word_corner] = WORD, scene.word
+        named.append((scene.word_corner, WORD, scene.word))
+    # Sorting keeps the order of two things in one corner.
+    named.sort(key=lambda each: each[0])
     return tuple(
-        (request, ", ".join(at_corner(corner, named[corner]) for corner in sorted(named)))
-        for request, named in ((ASK_COLORS, colors), (ASK_SHAPES, shapes))
+        (request, ", ".join(at_corner(corner, parts[index]) for corner, *parts in named))
+        for index, request in enumerate((ASK_COLORS, ASK_SHAPES))
     )
+
+
+def _order(one: Thing, other: Thing) -> int:
+    """Return a negative number if a thing is named before another one of its corner: by the larger distance."""
+    across, down = (a - b for a, b in zip(one.spot, other.spot, strict=True))
+    return across if abs(across) >= abs(down) else down
 
 
 def at_corner(corner: int, content: str) -> str:
@@ -174,19 +275,33 @@ def trained_families(share_absent: float | None = None) -> tuple[str, ...]:
 
 
 def draw_question(
-    scene: Scene, rng: random.Random, about_first: bool = False, families: Sequence[str] = FAMILIES
+    scene: Scene,
+    rng: random.Random,
+    about_first: bool = False,
+    families: Sequence[str] = FAMILIES,
+    style: Style = TRAINED_STYLE,
 ) -> Question:
     """Return a question about a scene, of a family drawn among the possible ones.
 
     Args:
         about_first: whether it must be about the first thing, as for held-out pairs.
         families: to draw from; the scene must allow one of them, as every scene does with count, place and absent.
+        style: of the question: in trained or held-out wordings.
     """
     while True:
         thing = scene.things[0] if about_first else rng.choice(scene.things)
         question = ASKING[rng.choice(families)](scene, thing, rng)
         if question is not None:
-            return question
+            return replace(question, text=_worded(question.text, rng, style.has_other_wordings))
+
+
+def _worded(text: str, rng: random.Random, is_held_out: bool) -> str:
+    """Return a question of the usual wording in one of the other wordings of its kind, or as it is."""
+    kind, names = meaning_of(text)
+    usual, *others = WORDINGS[kind].trained
+    if is_held_out:
+        return rng.choice(WORDINGS[kind].held_out).format(*names)
+    return (usual if rng.random() < SHARE_USUAL else rng.choice(others)).format(*names)
 
 
 def _ask_color(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
@@ -239,9 +354,14 @@ def _ask_absent(scene: Scene, thing: Thing, rng: random.Random) -> Question | No
         return _asked_color(ABSENT, rng.choice([shape for shape in SHAPES if shape not in shapes]), NOT_THERE)
     if kind == SHAPE:
         return _asked_shape(ABSENT, rng.choice([color for color in COLORS if color not in colors]), NOT_THERE)
-    near = [pair for pair in SEEN if pair not in present_pairs and pair[0] in colors and pair[1] in shapes]
-    half = [pair for pair in SEEN if pair not in present_pairs and (pair[0] in colors) != (pair[1] in shapes)]
-    return _asked_place(ABSENT, rng.choice(near if near and rng.random() < 0.5 else half), NOT_THERE)
+    near = [pair for pair in product(sorted(colors), sorted(shapes)) if pair not in present_pairs]
+    near = [pair for pair in near if pair not in HELD_OUT]
+    if near and rng.random() < 0.5:
+        return _asked_place(ABSENT, rng.choice(near), NOT_THERE)
+    while True:
+        color, shape = rng.choice(SEEN)
+        if (color in colors) != (shape in shapes):
+            return _asked_place(ABSENT, (color, shape), NOT_THERE)
 
 
 ASKING = {
@@ -268,6 +388,7 @@ def _question(family: str, text: str, answer: str, kind: Sequence[str]) -> Quest
 
 def answer_about(scene: Scene, text: str) -> str:
     """Return the right answer to a question, by its words, about any scene; "" where more than one thing is meant."""
+    text = usual_wording(text)
     if text == ASK_COUNT:
         return COUNTS[len(scene.things) - 1]
     if text == ASK_WORD:
@@ -294,50 +415,19 @@ def answer_about(scene: Scene, text: str) -> str:
 # ---- drawing ----
 
 
-def draw_picture(scene: Scene, rng: random.Random) -> "Image":
-    """Return the image of a scene, (SIZE, SIZE) in RGB, with shades, sizes and places drawn by `rng`."""
-    from PIL import Image, ImageDraw
-
-    ground = rng.randint(5, 45)
-    picture = Image.new("RGB", (SIZE, SIZE), (ground,) * 3)
-    draw = ImageDraw.Draw(picture)
-    for thing in scene.things:
-        light = rng.uniform(0.8, 1.08)
-        shade = tuple(min(255, max(0, int(part * light) + rng.randint(-12, 12))) for part in COLORS[thing.color])
-        x, y = (CELL // 2 + CELL * part + rng.randint(-1, 1) for part in (thing.corner % 2, thing.corner // 2))
-        _draw_shape(draw, thing.shape, x, y, rng.choice((3, 4, 4)), shade)
-    if scene.word is not None:
-        gray = 130 + rng.randint(-20, 30)
-        corner = (CELL * (scene.word_corner % 2), CELL * (scene.word_corner // 2))
-        draw.text(corner, scene.word, font=_font(), fill=(gray,) * 3)
-    return picture
+def draw_picture(scene: Scene, rng: random.Random, style: Style = TRAINED_STYLE) -> "Image":
+    """Return the image of a scene, (SIZE, SIZE) in RGB, with shades and the ground drawn by `rng`."""
+    shades = [_shade(COLORS[thing.color], rng) for thing in scene.things]
+    gray = (130 + rng.randint(-20, 30),) * 3
+    visible = shades if scene.word is None else [*shades, gray]
+    ground = drawing.draw_ground(rng, rng.choice(style.patterns), visible, style.has_other_grounds)
+    shapes = [(each.shape, each.spot, each.radius, shade) for each, shade in zip(scene.things, shades, strict=True)]
+    return drawing.paint(ground, shapes, None if scene.word is None else (scene.word, _word_spot(scene), gray))
 
 
-@cache
-def _font() -> "ImageFont":
-    """Return Pillow's font of pixels, 6 by 11, which needs no library for drawing outlines."""
-    from PIL import ImageFont
-
-    return ImageFont.load_default_imagefont()
-
-
-def _draw_shape(draw: "ImageDraw", shape: str, x: int, y: int, r: int, shade: tuple[int, ...]) -> None:
-    """Draw a shape about (x, y), r pixels to each side."""
-    whole = (x - r, y - r, x + r, y + r)
-    if shape == "circle":
-        draw.ellipse(whole, fill=shade)
-    elif shape == "square":
-        draw.rectangle(whole, fill=shade)
-    elif shape == "frame":
-        draw.rectangle(whole, outline=shade, width=1)
-    elif shape == "triangle":
-        draw.polygon([(x - r, y + r), (x + r, y + r), (x, y - r)], fill=shade)
-    elif shape == "diamond":
-        draw.polygon([(x - r, y), (x, y - r), (x + r, y), (x, y + r)], fill=shade)
-    if shape in ("bar", "cross"):
-        draw.rectangle((x - r, y - 1, x + r, y + 1), fill=shade)
-    if shape in ("post", "cross"):
-        draw.rectangle((x - 1, y - r, x + 1, y + r), fill=shade)
+def _shade(color: drawing.Color, rng: random.Random) -> drawing.Color:
+    light = rng.uniform(0.8, 1.08)
+    return tuple(min(255, max(0, int(part * light) + rng.randint(-12, 12))) for part in color)
 
 
 # ---- many of them ----
@@ -360,6 +450,7 @@ def draw_example(
     part: str = "train",
     families: Sequence[str] = FAMILIES,
     numbers: Sequence[int] = NUMBERS,
+    style: Style = TRAINED_STYLE,
 ) -> Example:
     """Return one image with questions: a function of these arguments only, whichever were drawn before.
 
@@ -371,11 +462,13 @@ def draw_example(
         part: names another stream of the same seed, such as evaluation's.
         families: families to draw questions from; a family listed twice is drawn twice as often.
         numbers: possible numbers of things, likewise.
+        style: of the image and the questions. About a crowded one they are about the first of the things.
     """
     rng = random.Random(f"pictures {part} {held_out} {seed} {number}")
-    scene = draw_scene(rng, held_out, numbers)
-    picture = draw_picture(scene, rng)
-    questions = tuple(draw_question(scene, rng, held_out, families) for _ in range(num_questions))
+    scene = draw_scene(rng, held_out, numbers, style)
+    picture = draw_picture(scene, rng, style)
+    about_first = held_out or style.share_crowded == 1
+    questions = tuple(draw_question(scene, rng, about_first, families, style) for _ in range(num_questions))
     return Example(scene, picture, questions)
 
 
@@ -462,6 +555,7 @@ class DrawnWorld(Sequence[PictureRow]):
         caption_every: one in so many rows of questions has both captions before them; 0 gives none.
         families: of questions, see `draw_example`.
         numbers: of things, likewise.
+        style: of images and questions, likewise.
     """
 
     def __init__(
@@ -475,10 +569,11 @@ class DrawnWorld(Sequence[PictureRow]):
         caption_every: int = 0,
         families: Sequence[str] = FAMILIES,
         numbers: Sequence[int] = NUMBERS,
+        style: Style = TRAINED_STYLE,
     ):
         self.seed, self.count, self.kind, self.num_questions = seed, count, kind, num_questions
         self.held_out, self.part, self.caption_every = held_out, part, caption_every
-        self.families, self.numbers = families, numbers
+        self.families, self.numbers, self.style = families, numbers, style
 
     def __len__(self) -> int:
         return self.count
@@ -487,16 +582,15 @@ class DrawnWorld(Sequence[PictureRow]):
         if not 0 <= number < self.count:
             raise IndexError(number)
         stream = f"{self.part} {self.kind}"
-        example = draw_example(
-            self.seed, number, self.held_out, self.num_questions, stream, self.families, self.numbers
-        )
+        settings = (self.num_questions, stream, self.families, self.numbers, self.style)
+        example = draw_example(self.seed, number, self.held_out, *settings)
         turns = captions(example.scene)
         if self.kind == QUESTIONS:
             row = replace(_row(example.picture, example.questions), scene=example.scene)
             has_captions = self.caption_every and number % self.caption_every == 0
             return replace(row, turns=turns + row.turns) if has_captions else row
         # Either may come first, so that neither is learned only from the other.
-        return PictureRow(example.picture, turns[:: 1 if number % 2 else -1])
+        return PictureRow(example.picture, turns[:: 1 if number % 2 else -1], scene=example.scene)
 
     def texts(self) -> list[str]:
         """Return the questions and answers of a sample of rows, for a tokenizer."""

@@ -17,9 +17,17 @@ from hfllm.data.tokenizer import train_tokenizer
 from hfllm.data.world.pictures import (
     ABSENT,
     CAPTIONS,
+    CROWDED,
     FAMILIES,
+    GROUNDS,
+    MOVED,
     NOT_THERE,
+    NUMBERS,
+    PATTERNS,
     QUESTIONS,
+    REWORDED,
+    SIZES,
+    STYLES,
     TRAINED_NUMBERS,
     DrawnWorld,
     PictureRow,
@@ -60,6 +68,8 @@ SEEN, HELD_OUT, SHUFFLED = "seen", "held_out", "shuffled"
 EVAL_SEED = 777
 # Number of other questions per question of the evaluation, for finding the best guess without an image.
 PRIOR = 20
+# Number of questions of a part per question of each part with one held-out property.
+STYLE_EVERY = 2
 # One in this many images with questions has captions, too.
 CAPTION_EVERY = 3
 
@@ -104,6 +114,27 @@ def eval_parts(dataset_name: str, count: int) -> dict[str, list[Asked]]:
         }
     parts = {name: list(map(drawn_question, each)) for name, each in rows.items()}
     return {**parts, SHUFFLED: shuffled_questions(next(iter(parts.values())))}
+
+
+def style_parts(dataset_name: str, count: int) -> dict[str, list[Asked]]:
+    """Return drawn questions with one property each that no training image or question has; digits have none.
+
+    Two shapes in one corner are the exception: training has them in other images. All questions about them are about
+    one of the two, or about the whole image.
+
+    Args:
+        dataset_name: `pictures` or `digits`, or rows of the user's.
+        count: questions of a part of `eval_parts`; these parts have half as many.
+    """
+    if dataset_name != PICTURES:
+        return {}
+    settings = {"part": "evaluation", "count": max(1, count // STYLE_EVERY)}
+    numbers = {CROWDED: (2, 3)}
+    rows = {
+        name: DrawnWorld(EVAL_SEED, style=style, numbers=numbers.get(name, NUMBERS), **settings)
+        for name, style in STYLES.items()
+    }
+    return {name: list(map(drawn_question, each)) for name, each in rows.items()}
 
 
 def parts_of(held_out: list[Asked]) -> dict[str, list[Asked]]:
@@ -383,6 +414,14 @@ LABELS = {
     OTHER_TRUTH: "truth about these",
     CHANCE: "best guess without",
 }
+STYLE_LABELS = {
+    MOVED: "moved by three pixels, to positions that training has not",
+    GROUNDS: "on plain grounds of other colors",
+    PATTERNS: "on grounds of other patterns",
+    SIZES: "of another size",
+    CROWDED: "two shapes in one corner",
+    REWORDED: "in other words",
+}
 # Images of the plot, and rows of the table of samples.
 SHOWN = 24
 
@@ -393,6 +432,7 @@ def judge_answers(
     parts: Mapping[str, Sequence[Asked]],
     prior: Sequence[Asked] = (),
     max_new_tokens: int = 16,
+    styles: Mapping[str, Sequence[Asked]] | None = None,
 ) -> Found:
     """Judge a model on all parts, and by family.
 
@@ -402,30 +442,28 @@ def judge_answers(
         parts: questions by the name of the part; the questions of `shuffled` have other images.
         prior: more questions of the kinds of the first part, for finding the best guess.
         max_new_tokens: of an answer at most.
+        styles: questions with a property that training has not, see `style_parts`; a table of their own.
     """
+    styles = styles or {}
     responses = {
         name: answer_pictures(
             model, processor, [q.prompt for q in questions], [q.images for q in questions], max_new_tokens
         )
-        for name, questions in parts.items()
+        for name, questions in {**parts, **styles}.items()
     }
+    of_styles = {name: responses.pop(name) for name in styles}
     first = next(iter(parts))
     responses |= {OTHER_TRUTH: truth} if (truth := _truth_about_others(parts.get(SHUFFLED, ()))) else {}
     responses[CHANCE] = best_guesses(parts[first], prior)
     everything = {**parts, OTHER_TRUTH: parts.get(SHUFFLED, ()), CHANCE: parts[first]}
-    right = {
-        name: [float(is_right(*pair)) for pair in zip(answers, (q.answer for q in everything[name]), strict=True)]
-        for name, answers in responses.items()
-    }
-    metrics: dict[str, float] = {}
-    for name, values in right.items():
-        metrics |= mean_of(f"{name}_right", values)
-        for family, result in by_family(everything[name], values).items():
-            metrics |= mean_of(f"{name}_{family}_right", result)
+    right = _right(everything, responses)
+    right_of_styles = _right(styles, of_styles)
+    metrics = _figures(everything, right) | _figures(styles, right_of_styles)
     metrics |= _false_alarms(parts[first], responses[first])
     summary = ", ".join(f"{LABELS[name]} {_figure(metrics, name)}" for name in right)
     tables = {
         "Right answers": _table(everything, right),
+        **({"Right answers on what training has not shown": _style_table(metrics, styles)} if styles else {}),
         "Samples": _samples(parts[first], responses[first], right[first]),
     }
     bars = Bars(
@@ -440,6 +478,31 @@ def judge_answers(
         for name, beside in ((CHANCE, "the best guess without any"), (SHUFFLED, "the same with other images"))
     ]
     return Found(metrics, f"right answers: {summary}", tables, plots, promises)
+
+
+def _right(parts: Mapping[str, Sequence[Asked]], responses: Mapping[str, Sequence[str]]) -> dict[str, list[float]]:
+    """Return 1 for each right answer of the parts and 0 for each wrong one."""
+    return {
+        name: [float(is_right(*pair)) for pair in zip(answers, (q.answer for q in parts[name]), strict=True)]
+        for name, answers in responses.items()
+    }
+
+
+def _figures(parts: Mapping[str, Sequence[Asked]], right: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the shares of right answers with their errors, in all and by family."""
+    metrics: dict[str, float] = {}
+    for name, values in right.items():
+        metrics |= mean_of(f"{name}_right", values)
+        for family, result in by_family(parts[name], values).items():
+            metrics |= mean_of(f"{name}_{family}_right", result)
+    return metrics
+
+
+def _style_table(metrics: Mapping[str, float], styles: Mapping[str, Sequence[Asked]]) -> list[dict[str, str]]:
+    return [
+        {"images and questions": STYLE_LABELS[name], "right": _figure(metrics, name), "questions": str(len(questions))}
+        for name, questions in styles.items()
+    ]
 
 
 def _truth_about_others(shuffled: Sequence[Asked]) -> list[str]:

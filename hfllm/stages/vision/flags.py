@@ -92,7 +92,7 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
     num_hidden_layers: int = flag(3, "Layers of the decoder.", never=MODEL_NAMED, takes=at_least(1))
     num_vision_layers: int = flag(2, "Layers of the tower.", never=MODEL_NAMED)
     num_attention_heads: int = flag(4, "Heads of both.", never=MODEL_NAMED, takes=at_least(1))
-    patch_size: int = flag(12, "Side of a patch, in pixels.", never=MODEL_NAMED)
+    patch_size: int = flag(8, "Side of a patch, in pixels.", never=MODEL_NAMED)
     use_muon: bool = flag(
         False,
         "Learn the matrices of the layers by Muon, the rest by AdamW, at one learning rate.",

@@ -1,0 +1,216 @@
+"""Where the shapes of a small image are, on which ground, and how both become pixels.
+
+A shape is drawn about a center, `radius` pixels to each side. What evaluation alone shows is separate by construction:
+
+    centers     training has centers with an even sum of coordinates; moved by three pixels along an axis, all are odd
+    radii       `HELD_OUT_RADII` are between those of training
+    grounds     of the 64 cells of the color cube training has plain grounds in 48 only; `HELD_OUT_PATTERNS` in none
+"""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy
+    from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import ImageFont
+
+SIZE = 32
+HALF = SIZE // 2
+# Pixels between a center and the middle lines at least, so that no shape is in two corners at once.
+MARGIN = 3
+# Pixels by which everything is moved in the evaluation: an odd number.
+MOVE = 3
+RADII, HELD_OUT_RADII = (3, 4, 6), (5,)
+# Two of these fit into one corner.
+SMALL_RADII = (3, 3, 4)
+# A written word of two letters, in pixels.
+WORD_SIZE = (12, 11)
+PLAIN, GRADIENT, ROWS, COLUMNS, GRAIN = PATTERNS = ("plain", "gradient", "rows", "columns", "grain")
+HELD_OUT_PATTERNS = ("checks", "diagonals")
+TRAINED_PATTERNS = (PLAIN, PLAIN, *PATTERNS)
+# Share of plain grounds that are dark and gray: those are learned first.
+SHARE_DARK = 0.35
+# Distance of the ground's color to any shape's at least, and levels of each channel in the cube's cells.
+CONTRAST, LEVELS = 70, 4
+Color = tuple[int, int, int]
+Spot = tuple[int, int]
+
+
+# ---- centers ----
+
+
+def is_trained_spot(spot: Spot) -> bool:
+    """Return whether training has shapes with this center, or words that begin there."""
+    return sum(spot) % 2 == 0
+
+
+def is_allowed(spot: Spot, corner: int, radius: int) -> bool:
+    """Return whether a shape with this center is inside the image and of one corner only."""
+    return all(part in _span(corner, axis, radius) for axis, part in enumerate(spot))
+
+
+@cache
+def _span(corner: int, axis: int, radius: int) -> range:
+    """Return the coordinates of centers along an axis."""
+    is_far = (corner % 2, corner // 2)[axis]
+    return range(HALF - 1 + MARGIN, SIZE - radius) if is_far else range(radius, HALF + 1 - MARGIN)
+
+
+@cache
+def _spots(corner: int, radius: int) -> tuple[Spot, ...]:
+    """Return the centers that training has in a corner."""
+    spots = ((x, y) for x in _span(corner, 0, radius) for y in _span(corner, 1, radius))
+    return tuple(filter(is_trained_spot, spots))
+
+
+@cache
+def _word_spots(corner: int) -> tuple[Spot, ...]:
+    left, top = HALF * (corner % 2), HALF * (corner // 2)
+    spots = ((left + x, top + y) for x in range(HALF - WORD_SIZE[0] + 1) for y in range(HALF - WORD_SIZE[1] + 1))
+    return tuple(filter(is_trained_spot, spots))
+
+
+def is_allowed_word(spot: Spot, corner: int) -> bool:
+    """Return whether a word that begins at this pixel is within the corner."""
+    starts = (HALF * (corner % 2), HALF * (corner // 2))
+    return all(0 <= part - start <= HALF - size for part, start, size in zip(spot, starts, WORD_SIZE, strict=True))
+
+
+def draw_spots(
+    rng: random.Random, corners: Sequence[int], radii: Sequence[int], word_corner: int | None = None
+) -> tuple[list[Spot], list[int], Spot | None]:
+    """Return centers and radii of shapes with at least a pixel between them, and the first pixel of the word.
+
+    Args:
+        corners: of the shapes, at most two in one.
+        radii: to draw from; those in one corner are from `SMALL_RADII`.
+        word_corner: of the word, without a shape.
+    """
+    while True:
+        sizes = [rng.choice(SMALL_RADII if corners.count(corner) > 1 else radii) for corner in corners]
+        spots = [rng.choice(_spots(corner, size)) for corner, size in zip(corners, sizes, strict=True)]
+        word = None if word_corner is None else rng.choice(_word_spots(word_corner))
+        boxes = [(x - size, y - size, x + size, y + size) for (x, y), size in zip(spots, sizes, strict=True)]
+        if word is not None:
+            boxes.append((*word, word[0] + WORD_SIZE[0] - 1, word[1] + WORD_SIZE[1] - 1))
+        if not any(_touches(*pair) for pair in combinations(boxes, 2)):
+            return spots, sizes, word
+
+
+def _touches(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return one[0] <= other[2] + 1 and other[0] <= one[2] + 1 and one[1] <= other[3] + 1 and other[1] <= one[3] + 1
+
+
+# ---- grounds ----
+
+
+def is_held_out_color(color: Sequence[int]) -> bool:
+    """Return whether plain grounds of this color are in no training image: a quarter of the cells of the cube."""
+    return sum(part * LEVELS // 256 for part in color) % LEVELS == 2
+
+
+def draw_ground(rng: random.Random, pattern: str, shades: Sequence[Color], held_out: bool) -> "numpy.ndarray":
+    """Return a ground (SIZE, SIZE, 3) in bytes on which all shades can be seen.
+
+    Args:
+        pattern: of `PATTERNS` or `HELD_OUT_PATTERNS`.
+        shades: of the shapes and the word.
+        held_out: whether a plain ground's color is one that training has not.
+    """
+    import numpy
+
+    is_dark = pattern == PLAIN and not held_out and rng.random() < SHARE_DARK
+    while True:
+        color = (rng.randint(5, 45),) * 3 if is_dark else tuple(rng.randint(0, 255) for _ in range(3))
+        step = 0 if pattern == PLAIN else rng.choice((-1, 1)) * rng.randint(12, 30)
+        if pattern == PLAIN and is_held_out_color(color) != held_out:
+            continue
+        other = tuple(min(255, max(0, part + step)) for part in color)
+        if all(_distance(tone, shade) >= (0 if is_dark else CONTRAST) for tone in (color, other) for shade in shades):
+            break
+    if pattern == PLAIN:
+        return numpy.full((SIZE, SIZE, 3), color, numpy.uint8)
+    share = _share(rng, pattern)[..., None]
+    return (numpy.array(color) * (1 - share) + numpy.array(other) * share).astype(numpy.uint8)
+
+
+def _distance(one: Sequence[int], other: Sequence[int]) -> float:
+    return sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5
+
+
+def _share(rng: random.Random, pattern: str) -> "numpy.ndarray":
+    """Return the share (SIZE, SIZE) of the second tone in each pixel."""
+    import numpy
+
+    y, x = numpy.mgrid[:SIZE, :SIZE]
+    width, start = rng.randint(2, 4), rng.randint(0, 7)
+    if pattern == GRAIN:
+        return numpy.random.default_rng(rng.getrandbits(32)).random((SIZE, SIZE))
+    if pattern == GRADIENT:
+        across = rng.choice((x, y, SIZE - 1 - x, SIZE - 1 - y, (x + y) / 2))
+        return across / (SIZE - 1)
+    bands = {
+        ROWS: (y + start) // width,
+        COLUMNS: (x + start) // width,
+        "checks": (x + start) // width + (y + start) // width,
+        "diagonals": (x + y + start) // width,
+    }
+    return (bands[pattern] % 2).astype(float)
+
+
+# ---- pixels ----
+
+
+@cache
+def _font() -> "ImageFont":
+    """Return Pillow's font of pixels, 6 by 11, which needs no library for drawing outlines."""
+    from PIL import ImageFont
+
+    return ImageFont.load_default_imagefont()
+
+
+def paint(
+    ground: "numpy.ndarray",
+    shapes: Sequence[tuple[str, Spot, int, Color]],
+    word: tuple[str, Spot, Color] | None = None,
+) -> "Image":
+    """Return the image (SIZE, SIZE) in RGB.
+
+    Args:
+        shapes: as (shape, center, radius, color).
+        word: as (text, first pixel, color).
+    """
+    from PIL import Image, ImageDraw
+
+    picture = Image.fromarray(ground)
+    draw = ImageDraw.Draw(picture)
+    for shape, (x, y), radius, color in shapes:
+        _draw_shape(draw, shape, x, y, radius, color)
+    if word is not None:
+        text, spot, color = word
+        draw.text(spot, text, font=_font(), fill=color)
+    return picture
+
+
+def _draw_shape(draw: "ImageDraw", shape: str, x: int, y: int, r: int, shade: Color) -> None:
+    """Draw a shape about (x, y), r pixels to each side."""
+    whole = (x - r, y - r, x + r, y + r)
+    if shape == "circle":
+        draw.ellipse(whole, fill=shade)
+    elif shape == "square":
+        draw.rectangle(whole, fill=shade)
+    elif shape == "frame":
+        draw.rectangle(whole, outline=shade, width=1)
+    elif shape == "triangle":
+        draw.polygon([(x - r, y + r), (x + r, y + r), (x, y - r)], fill=shade)
+    elif shape == "diamond":
+        draw.polygon([(x - r, y), (x, y - r), (x + r, y), (x, y + r)], fill=shade)
+    if shape in ("bar", "cross"):
+        draw.rectangle((x - r, y - 1, x + r, y + 1), fill=shade)
+    if shape in ("post", "cross"):
+        draw.rectangle((x - 1, y - r, x + 1, y + r), fill=shade)
