@@ -54,7 +54,7 @@ def test_from_nothing_to_a_report(drawn, capsys):
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What shape is red?"}]}]
-    assert len(answer_pictures(model, processor, [prompt], [[Image.new("RGB", (24, 24))]], 4)) == 1
+    assert len(answer_pictures(model, processor, [prompt], [[Image.new("RGB", (32, 32))]], 4)) == 1
     # The same command again reuses what has finished.
     assert run(folder, *DRAWN) == pytest.approx(metrics)
     assert "already done" in capsys.readouterr().out
@@ -279,7 +279,7 @@ def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
         (["--freeze_vision"], "--freeze_vision cannot be used here"),
         (["--freeze_text"], "--freeze_text cannot be used here"),
         (["--packing"], "--packing cannot be used here"),
-        (["--patch_size", "5"], "a divisor of the pictures' side, 24"),
+        (["--patch_size", "5"], "a divisor of the pictures' side, 32"),
         (["--questions_per_picture", "0"], "expected 1 to 16"),
         (["--share_absent", "1"], "expected at least 0, and at most 0.999"),
         (["--dataset_name", "digits", "--share_absent", "0.1"], "every digit that is asked for is there"),
