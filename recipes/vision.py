@@ -89,7 +89,8 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         model, processor = vision.new_model(
             script_args.model_sizes, dataset_name, [*captions.texts(), *questions.texts()], seed
         )
-        rows = vision.JoinedRows(captions, questions)
+        patches = vision.patch_rows(dataset_name, seed, script_args.num_patch_pictures)
+        rows = vision.JoinedRows(patches, captions, questions)
         trainer = vision.new_trainer(model, processor, rows, stage.training_args, script_args.use_muon)
     use_plain_lines(trainer)
     train(trainer, stage.checkpoint, stage.identity)

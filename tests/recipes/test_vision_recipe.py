@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hfllm.data.images.rows import as_dataset
+from hfllm.data.world.pictures import STYLES
 from hfllm.errors import InputError
 from hfllm.evaluation.pictures import answer_pictures
 from hfllm.outputs.card import picture_lines
@@ -27,7 +28,8 @@ from hfllm.trainers.trl_trainers import SFTTrainer
 TINY = ["--hidden_size", "16", "--num_attention_heads", "2", "--num_hidden_layers", "1", "--num_vision_layers", "1"]
 QUIET = ["--per_device_train_batch_size", "4", "--logging_steps", "1"]
 SHORT = [*QUIET, "--num_eval_examples", "12"]
-DRAWN = [*TINY, *SHORT, "--num_captions", "8", "--num_examples", "8", "--max_new_tokens", "4"]
+COUNTS = ["--num_patch_pictures", "8", "--num_captions", "8", "--num_examples", "8"]
+DRAWN = [*TINY, *SHORT, *COUNTS, "--max_new_tokens", "4"]
 
 
 def run(folder, *flags):
@@ -49,7 +51,9 @@ def test_from_nothing_to_a_report(drawn, capsys):
     # A few steps teach nothing, and the report says so.
     assert any(line.startswith("questions about images (seen) answered right: ") for line in report["warnings"])
     assert {"seen_right", "held_out_right", "shuffled_right", "chance_right", "called_absent"} <= metrics.keys()
-    assert metrics["seen_right_n"] == metrics["shuffled_right_n"] == 12 and metrics["train_rows"] == 16
+    assert {metrics[f"{name}_right_n"] for name in STYLES} == {6}
+    assert "Right answers on what training has not shown" in (folder / "report.md").read_text()
+    assert metrics["seen_right_n"] == metrics["shuffled_right_n"] == 12 and metrics["train_rows"] == 24
     # The model answers by what the folder holds alone.
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)

@@ -8,10 +8,21 @@ from vision import parse
 
 from hfllm.data.images.rows import conversation_batch
 from hfllm.data.packing import IGNORE
-from hfllm.data.world.pictures import CAPTIONS, DrawnWorld, PictureRow
+from hfllm.data.world.pictures import (
+    CAPTIONS,
+    COLORS,
+    PATCHES,
+    SHAPES,
+    WORDS,
+    DrawnWorld,
+    PictureRow,
+    Scene,
+    Thing,
+    patch_names,
+)
 from hfllm.evaluation.pictures import answer_pictures
 from hfllm.stages.vision.build import new_model
-from hfllm.trainers.trl_trainers import PictureCollator, PictureTrainer, TokenizedPictures, TurnTokens
+from hfllm.trainers.trl_trainers import PatchNames, PictureCollator, PictureTrainer, TokenizedPictures, TurnTokens
 
 SMALL = [
     "--patch_size",
@@ -45,7 +56,7 @@ def test_tokens_and_pixels_are_those_of_the_processor(made, kind):
     """Each question, behind the picture, has the tokens and positions of a conversation of its own."""
     processor = made[1]
     rows = DrawnWorld(3, 6, kind, num_questions=3)
-    tokenized = TokenizedPictures(rows, TurnTokens(processor, processor.image_token_id, 36))
+    tokenized = TokenizedPictures(rows, TurnTokens(processor, processor.image_token_id, 64))
     for row, ours in zip(rows, tokenized, strict=True):
         batch = collator(processor)([ours])
         for number, turn in enumerate(row.turns, 1):
@@ -66,7 +77,7 @@ def test_tokens_and_pixels_are_those_of_the_processor(made, kind):
 def test_turns_that_do_not_fit_are_left_out(made):
     """A row ends before the first turn that would be too long for it; one turn stays, whatever its length."""
     processor = made[1]
-    settings = processor, processor.image_token_id, 36
+    settings = processor, processor.image_token_id, 64
     turns = DrawnWorld(3, 1, num_questions=6)[0].turns
     sizes = [len(TurnTokens(*settings)(turns[:count])["input_ids"]) for count in range(1, 7)]
     for most in range(sizes[0] - 2, sizes[-1] + 2):
@@ -79,7 +90,7 @@ def test_turns_that_do_not_fit_are_left_out(made):
 def test_a_question_is_answered_as_if_it_were_the_only_one(made):
     """The loss of several questions in one row is that of each in a row of its own; so padding changes none either."""
     model, processor = made
-    tokens, collate = TurnTokens(processor, processor.image_token_id, 36), collator(processor)
+    tokens, collate = TurnTokens(processor, processor.image_token_id, 64), collator(processor)
     rows = list(DrawnWorld(3, 5, num_questions=3))
     turns = [PictureRow(row.picture, (turn,)) for row in rows for turn in row.turns]
 
@@ -94,7 +105,7 @@ def test_a_question_is_answered_as_if_it_were_the_only_one(made):
 def test_the_loss_of_the_trainer_is_that_of_the_model(made, tmp_path):
     """Over all logits and with the model's own loss, also divided by the targets of several batches."""
     model, processor = made
-    tokens = TurnTokens(processor, processor.image_token_id, 36)
+    tokens = TurnTokens(processor, processor.image_token_id, 64)
     settings = {"use_cpu": True, "report_to": "none", "remove_unused_columns": False}
     args = TrainingArguments(str(tmp_path), **settings)
     trainer = PictureTrainer(DrawnWorld(3, 5, num_questions=3), tokens, processor, model=model, args=args)
@@ -121,7 +132,7 @@ def test_answers_do_not_depend_on_the_batch(made):
     lengths = batch["attention_mask"].sum(1)
     assert len(set(lengths.tolist())) > 1 and processor.tokenizer.padding_side == side
     assert all(row[-length:].all() for row, length in zip(batch["attention_mask"], lengths, strict=True))
-    assert (batch["input_ids"] == processor.image_token_id).sum() == 7 * 36
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 7 * 64
     sampled = [answer_pictures(model, processor, prompts, images, 6, do_sample=True, seed=seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
@@ -130,8 +141,71 @@ def test_an_untrained_model_sees_its_picture(made):
     """Another picture changes the logits of the answer, so that its pixels do reach them."""
     model, processor = made
     rows, collate = list(DrawnWorld(5, 2)), collator(processor)
-    tokenized = TokenizedPictures(rows, TurnTokens(processor, processor.image_token_id, 36))
+    tokenized = TokenizedPictures(rows, TurnTokens(processor, processor.image_token_id, 64))
     one = dict(tokenized[0])
     with torch.no_grad():
         logits = [model(**collate([{**one, "pixels": each["pixels"]}])).logits[:, -1] for each in tokenized]
     assert (logits[0] - logits[1]).abs().max() > 1e-4
+
+
+# ---- names of patches ----
+
+
+def test_a_patch_is_named_by_what_has_its_center_there(made):
+    scene = Scene((Thing("red", "bar", 0, (9, 10)), Thing("navy", "frame", 3, (24, 31))), "go", 1, (18, 1))
+    named = {number: name for number, name in enumerate(patch_names(scene, 8)) if name}
+    places = ("top", "left"), ("bottom", "right"), ("top", "right")
+    assert named == {5: ("red", "bar", *places[0]), 15: ("navy", "frame", *places[1]), 3: ("word", "go", *places[2])}
+    numbers = PatchNames(made[1].tokenizer, 8)(scene)
+    assert numbers[5] == (1 + list(COLORS).index("red"), 1 + SHAPES.index("bar"), 1, 1) and not any(numbers[0])
+    assert numbers[3] == (1 + len(COLORS), 1 + len(SHAPES) + WORDS.index("go"), 1, 2) and len(numbers) == 16
+    # No two things of any drawn scene have their centers in one patch.
+    for row in DrawnWorld(0, 200, PATCHES):
+        content = len(row.scene.things) + (row.scene.word is not None)
+        assert sum(name is not None for name in patch_names(row.scene, 8)) == content
+
+
+def trainer_of(made, folder, rows, **more):
+    model, processor = made
+    names, tokens = PatchNames(processor.tokenizer, 4), TurnTokens(processor, processor.image_token_id, 64)
+    args = TrainingArguments(str(folder), use_cpu=True, report_to="none", remove_unused_columns=False, **more)
+    return PictureTrainer(rows, tokens, processor, names, model=model, args=args)
+
+
+def test_the_loss_of_names_is_added_to_that_of_answers(made, tmp_path):
+    """By hand: the products of the images' vectors and the embeddings of names, and nothing at zero."""
+    model, names = made[0], PatchNames(made[1].tokenizer, 4)
+    trainer = trainer_of(made, tmp_path, DrawnWorld(3, 4, num_questions=2))
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    with torch.no_grad():
+        vectors = torch.stack(list(model.model.get_image_features(batch["pixel_values"]).pooler_output))
+        expected = 0.0
+        for axis, ids in enumerate(names.ids):
+            scores = torch.cat([torch.zeros(4, 64, 1), vectors @ model.get_input_embeddings().weight[ids].T], -1)
+            chosen = scores.log_softmax(-1).gather(-1, batch["patches"][..., axis : axis + 1])
+            expected -= float(chosen.mean())
+        both = float(trainer.compute_loss(model, batch))
+        answers = float(trainer.compute_loss(model, {k: v for k, v in batch.items() if k != "patches"}))
+        assert both - answers == pytest.approx(expected, rel=1e-4)
+        # Without any turn only the names are left, also through the whole model.
+        bare = trainer_of(made, tmp_path, DrawnWorld(3, 4, PATCHES))
+        batch = bare.data_collator(list(bare.train_dataset))
+        alone = float(bare.compute_loss(model, batch))
+        wrapped = torch.nn.Sequential(model)
+        wrapped.forward = model.forward
+        bare.accelerator.unwrap_model = lambda _: model
+        assert float(bare.compute_loss(wrapped, batch)) == pytest.approx(alone, rel=1e-5)
+    halved = trainer_of(made, tmp_path, DrawnWorld(3, 4, PATCHES), gradient_accumulation_steps=2)
+    assert 2 * float(halved.compute_loss(model, batch)) == pytest.approx(alone, rel=1e-5)
+
+
+def test_patches_alone_move_the_tower_and_leave_the_decoder(made, tmp_path):
+    model = made[0]
+    model.zero_grad()
+    trainer = trainer_of(made, tmp_path, DrawnWorld(3, 4, PATCHES))
+    trainer.compute_loss(model, trainer.data_collator(list(trainer.train_dataset))).backward()
+    moved = {name.split(".")[1] for name, each in model.named_parameters() if each.grad is not None}
+    assert {"vision_tower", "multi_modal_projector"} <= moved
+    within = [name for name, each in model.named_parameters() if "layers" in name and each.grad is not None]
+    assert within and all("vision_tower" in name for name in within)
+    model.zero_grad()

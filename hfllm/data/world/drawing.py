@@ -2,7 +2,8 @@
 
 A shape is drawn about a center, `radius` pixels to each side. What evaluation alone shows is separate by construction:
 
-    centers     training has centers with an even sum of coordinates; moved by three pixels along an axis, all are odd
+    centers     a fifth of the pixels, `HELD_OUT_CLASS` of `spot_class`, are no center in training; images are moved by
+                three pixels along an axis from centers that training has to such ones
     radii       `HELD_OUT_RADII` are between those of training
     grounds     of the 64 cells of the color cube training has plain grounds in 48 only; `HELD_OUT_PATTERNS` in none
 """
@@ -23,8 +24,9 @@ SIZE = 32
 HALF = SIZE // 2
 # Pixels between a center and the middle lines at least, so that no shape is in two corners at once.
 MARGIN = 3
-# Pixels by which everything is moved in the evaluation: an odd number.
-MOVE = 3
+# Classes of pixels, the held-out one of them, and pixels by which everything is moved in the evaluation: moved so
+# along an axis, each class becomes another one.
+CLASSES, HELD_OUT_CLASS, MOVE = 5, 0, 3
 RADII, HELD_OUT_RADII = (3, 4, 6), (5,)
 # Two of these fit into one corner.
 SMALL_RADII = (3, 3, 4)
@@ -44,9 +46,14 @@ Spot = tuple[int, int]
 # ---- centers ----
 
 
+def spot_class(spot: Spot) -> int:
+    """Return the class of a pixel: each row, and each column, has all of them in turn."""
+    return (spot[0] + 2 * spot[1]) % CLASSES
+
+
 def is_trained_spot(spot: Spot) -> bool:
     """Return whether training has shapes with this center, or words that begin there."""
-    return sum(spot) % 2 == 0
+    return spot_class(spot) != HELD_OUT_CLASS
 
 
 def is_allowed(spot: Spot, corner: int, radius: int) -> bool:
@@ -62,17 +69,17 @@ def _span(corner: int, axis: int, radius: int) -> range:
 
 
 @cache
-def _spots(corner: int, radius: int) -> tuple[Spot, ...]:
-    """Return the centers that training has in a corner."""
+def _spots(corner: int, radius: int, only: int | None) -> tuple[Spot, ...]:
+    """Return the centers that training has in a corner, all or those of a class."""
     spots = ((x, y) for x in _span(corner, 0, radius) for y in _span(corner, 1, radius))
-    return tuple(filter(is_trained_spot, spots))
+    return tuple(spot for spot in spots if is_trained_spot(spot) and only in (None, spot_class(spot)))
 
 
 @cache
-def _word_spots(corner: int) -> tuple[Spot, ...]:
+def _word_spots(corner: int, only: int | None) -> tuple[Spot, ...]:
     left, top = HALF * (corner % 2), HALF * (corner // 2)
     spots = ((left + x, top + y) for x in range(HALF - WORD_SIZE[0] + 1) for y in range(HALF - WORD_SIZE[1] + 1))
-    return tuple(filter(is_trained_spot, spots))
+    return tuple(spot for spot in spots if is_trained_spot(spot) and only in (None, spot_class(spot)))
 
 
 def is_allowed_word(spot: Spot, corner: int) -> bool:
@@ -82,7 +89,11 @@ def is_allowed_word(spot: Spot, corner: int) -> bool:
 
 
 def draw_spots(
-    rng: random.Random, corners: Sequence[int], radii: Sequence[int], word_corner: int | None = None
+    rng: random.Random,
+    corners: Sequence[int],
+    radii: Sequence[int],
+    word_corner: int | None = None,
+    only: int | None = None,
 ) -> tuple[list[Spot], list[int], Spot | None]:
     """Return centers and radii of shapes with at least a pixel between them, and the first pixel of the word.
 
@@ -90,11 +101,12 @@ def draw_spots(
         corners: of the shapes, at most two in one.
         radii: to draw from; those in one corner are from `SMALL_RADII`.
         word_corner: of the word, without a shape.
+        only: class of all centers and of the word's first pixel; by default all that training has.
     """
     while True:
         sizes = [rng.choice(SMALL_RADII if corners.count(corner) > 1 else radii) for corner in corners]
-        spots = [rng.choice(_spots(corner, size)) for corner, size in zip(corners, sizes, strict=True)]
-        word = None if word_corner is None else rng.choice(_word_spots(word_corner))
+        spots = [rng.choice(_spots(corner, size, only)) for corner, size in zip(corners, sizes, strict=True)]
+        word = None if word_corner is None else rng.choice(_word_spots(word_corner, only))
         boxes = [(x - size, y - size, x + size, y + size) for (x, y), size in zip(spots, sizes, strict=True)]
         if word is not None:
             boxes.append((*word, word[0] + WORD_SIZE[0] - 1, word[1] + WORD_SIZE[1] - 1))

@@ -203,12 +203,16 @@ def _placed(
 ) -> Scene | None:
     """Return the scene of things at random positions, moved as the style has it; `None` where one would leave it."""
     word_corner = None if word is None else corners[-1]
-    spots, radii, word_spot = drawing.draw_spots(rng, corners[: len(pairs)], style.radii, word_corner)
+    step, start = (0, 0), None
+    if style.move:
+        step = rng.choice(((style.move, 0), (-style.move, 0), (0, style.move), (0, -style.move)))
+        # From there the step leads to centers that training has not.
+        start = drawing.spot_class((-step[0], -step[1]))
+    spots, radii, word_spot = drawing.draw_spots(rng, corners[: len(pairs)], style.radii, word_corner, start)
     placed = zip(pairs, corners, spots, radii, strict=False)
     scene = Scene(tuple(Thing(*pair, *where) for pair, *where in placed), word, word_corner, word_spot)
     if not style.move:
         return scene
-    step = rng.choice(((style.move, 0), (-style.move, 0), (0, style.move), (0, -style.move)))
     scene = moved(scene, *step)
     is_inside = all(drawing.is_allowed(each.spot, each.corner, each.radius) for each in scene.things)
     return scene if is_inside and (word is None or drawing.is_allowed_word(scene.word_spot, word_corner)) else None
@@ -249,6 +253,26 @@ def _order(one: Thing, other: Thing) -> int:
     """Return a negative number if a thing is named before another one of its corner: by the larger distance."""
     across, down = (a - b for a, b in zip(one.spot, other.spot, strict=True))
     return across if abs(across) >= abs(down) else down
+
+
+# The words of `patch_names`: colors, shapes, and both parts of the name of a corner.
+PATCH_WORDS = ((*COLORS, WORD), (*SHAPES, *WORDS), ("top", "bottom"), ("left", "right"))
+
+
+def patch_names(scene: Scene, patch_size: int) -> list[tuple[str, ...] | None]:
+    """Return for each patch, row by row, words of `PATCH_WORDS` about the shape or the word with its center there.
+
+    Two centers are never in one patch of eight pixels or less.
+    """
+    names: list[tuple[str, ...] | None] = [None] * (SIZE // patch_size) ** 2
+    centers = [(thing.spot, thing.pair, thing.corner) for thing in scene.things]
+    if scene.word is not None:
+        left, top = _word_spot(scene)
+        middle = (left + drawing.WORD_SIZE[0] // 2, top + drawing.WORD_SIZE[1] // 2)
+        centers.append((middle, (WORD, scene.word), scene.word_corner))
+    for (x, y), name, corner in centers:
+        names[y // patch_size * (SIZE // patch_size) + x // patch_size] = (*name, *PLACES[corner].split())
+    return names
 
 
 def at_corner(corner: int, content: str) -> str:
@@ -492,7 +516,7 @@ NUMERALS = tuple(map(str, range(10)))
 # Training digits among scikit-learn's 1,797; the rest are held out.
 TRAINED_DIGITS = 1400
 DIGITS_SIZE = 16
-CAPTIONS, QUESTIONS = "captions", "questions"
+PATCHES, CAPTIONS, QUESTIONS = "patches", "captions", "questions"
 
 
 def picture_side(name: str) -> int | None:
@@ -548,7 +572,7 @@ class DrawnWorld(Sequence[PictureRow]):
     Args:
         seed: of the images.
         count: how many.
-        kind: `captions` or `questions`.
+        kind: `patches`, images without any turn, `captions` or `questions`.
         num_questions: turns of a row of questions.
         held_out: whether all are about held-out pairs of color and shape.
         part: the stream of images; captions and questions for training are of different ones.
@@ -582,6 +606,9 @@ class DrawnWorld(Sequence[PictureRow]):
         if not 0 <= number < self.count:
             raise IndexError(number)
         stream = f"{self.part} {self.kind}"
+        if self.kind == PATCHES:
+            example = draw_example(self.seed, number, num_questions=0, part=stream, numbers=self.numbers)
+            return PictureRow(example.picture, (), scene=example.scene)
         settings = (self.num_questions, stream, self.families, self.numbers, self.style)
         example = draw_example(self.seed, number, self.held_out, *settings)
         turns = captions(example.scene)

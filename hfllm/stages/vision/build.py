@@ -23,6 +23,7 @@ from hfllm.data.world.pictures import (
     MOVED,
     NOT_THERE,
     NUMBERS,
+    PATCHES,
     PATTERNS,
     QUESTIONS,
     REWORDED,
@@ -51,7 +52,7 @@ from hfllm.stages.shared import rows_with_images
 from hfllm.stages.vision.flags import ModelSizes
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.pretraining.trainer import optimizer_of
-from hfllm.trainers.trl_trainers import PictureTrainer, TurnTokens
+from hfllm.trainers.trl_trainers import PatchNames, PictureTrainer, TurnTokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,12 +72,17 @@ PRIOR = 20
 # Number of questions of a part per question of each part with one held-out property.
 STYLE_EVERY = 2
 # One in this many images with questions has captions, too.
-CAPTION_EVERY = 3
+CAPTION_EVERY = 6
 
 
 def caption_rows(dataset_name: str, seed: int, count: int) -> DrawnWorld:
     """Return the captions to learn first; digits have none."""
     return DrawnWorld(seed, count if dataset_name == PICTURES else 0, CAPTIONS)
+
+
+def patch_rows(dataset_name: str, seed: int, count: int) -> DrawnWorld:
+    """Return the images whose patches are named before any caption; digits have none."""
+    return DrawnWorld(seed, count if dataset_name == PICTURES else 0, PATCHES, numbers=TRAINED_NUMBERS)
 
 
 def question_rows(
@@ -297,8 +303,9 @@ def new_trainer(
     args, tower = changed(args, remove_unused_columns=False), model.config.vision_config
     pieces = (tower.image_size // tower.patch_size) ** 2
     tokens = TurnTokens(processor, processor.image_token_id, pieces, args.max_length)
+    names = PatchNames(processor.tokenizer, tower.patch_size) if rows[0].scene is not None else None
     optimizer = optimizer_of(use_muon, args)
-    return PictureTrainer(rows, tokens, processor, model=model, args=args, optimizer_cls_and_kwargs=optimizer)
+    return PictureTrainer(rows, tokens, processor, names, model=model, args=args, optimizer_cls_and_kwargs=optimizer)
 
 
 # ---- ppo ----

@@ -51,6 +51,12 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
         "'pictures' (the drawn world), 'digits' (scikit-learn's), or rows of your own with a column image "
         "or images: a local file or folder, or a dataset id on the Hub.",
     )
+    num_patch_pictures: int = flag(
+        0,
+        "Pictures that only the tower learns from, before any caption: it names what is in each patch.",
+        takes=at_least(0),
+        never=(MODEL_NAMED, Fact(lambda flags: flags.dataset_name == DIGITS, "digits have no patches of their own")),
+    )
     num_captions: int = flag(
         6400, "Pictures with captions, which are learned first.", takes=at_least(0), never=MODEL_NAMED
     )
