@@ -266,9 +266,10 @@ def new_model(
         num_hidden_layers=sizes.num_hidden_layers,
         num_attention_heads=sizes.num_attention_heads,
         max_position_embeddings=CONTEXT,
-        # A thing of the drawn world is found by its attributes: every other layer compares without positions. For two
-        # digits the questions are about the side.
-        no_rope_layers=[int(not (is_world and layer % 2)) for layer in range(sizes.num_hidden_layers)],
+        # A thing of the drawn world is found by its attributes: every other layer compares without positions, the first
+        # too, where the vectors of patches are still like the embeddings of words. For two digits the questions are
+        # about the side.
+        no_rope_layers=[int(not is_world or layer % 2) for layer in range(sizes.num_hidden_layers)],
         tie_word_embeddings=True,
         initializer_range=width**-0.5,
         pad_token_id=tokenizer.pad_token_id,
