@@ -266,9 +266,9 @@ def new_model(
         num_hidden_layers=sizes.num_hidden_layers,
         num_attention_heads=sizes.num_attention_heads,
         max_position_embeddings=CONTEXT,
-        # A thing of the drawn world is found by its attributes: every other layer compares without positions, the first
-        # too, where the vectors of patches are still like the embeddings of words. For two digits the questions are
-        # about the side.
+        # A thing of the drawn world is found by its attributes: every other layer compares without positions, and the
+        # first is one of them, where vectors of patches are still like embeddings of words. For two digits the
+        # questions are about the side.
         no_rope_layers=[int(not is_world or layer % 2) for layer in range(sizes.num_hidden_layers)],
         tie_word_embeddings=True,
         initializer_range=width**-0.5,
