@@ -49,11 +49,12 @@ def test_a_student_and_its_int8_form_under_two_processes(launch, tiny, tmp_path)
 def test_pictures_and_ppo_on_them_under_two_processes(launch, tmp_path):
     """An optimizer step of PPO has as many answers as with one process."""
     small = ["--hidden_size", 16, "--num_attention_heads", 2, "--num_hidden_layers", 1, "--num_vision_layers", 1]
-    few = ["--num_captions", 8, "--num_examples", 56, "--num_eval_examples", 12, "--max_new_tokens", 4]
+    few = ["--num_patch_pictures", 8, "--num_captions", 8, "--num_examples", 56, "--num_eval_examples", 12]
+    few += ["--max_new_tokens", 4]
     rates = ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--num_rl_prompts", 1024]
     output = launch("vision", *small, *few, *rates, "--output_dir", tmp_path)
-    # 64 rows, 4 on each of two processes; then 1,024 prompts, 64 to a step.
-    assert "step 8/8 " in output and "step 16/16 " in output
+    # 72 rows, 4 on each of two processes; then 1,024 prompts, 64 to a step.
+    assert "step 9/9 " in output and "step 16/16 " in output
     report = json.loads((tmp_path / "report.json").read_text())
     assert {"sampled_gold_change", "rl_seen_right"} <= report["metrics"].keys()
     assert (tmp_path / "rl" / "model.safetensors").is_file()

@@ -285,6 +285,7 @@ def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
         (["--packing"], "--packing cannot be used here"),
         (["--patch_size", "5"], "a divisor of the pictures' side, 32"),
         (["--questions_per_picture", "0"], "expected 1 to 16"),
+        (["--dataset_name", "digits", "--num_patch_pictures", "8"], "digits have no patches of their own"),
         (["--share_absent", "1"], "expected at least 0, and at most 0.999"),
         (["--dataset_name", "digits", "--share_absent", "0.1"], "every digit that is asked for is there"),
         (["--dataset_name", "digits", "--questions_per_picture", "3"], "expected 1 to 2"),
@@ -318,7 +319,10 @@ def test_muon_is_refused_where_weights_are_split(tmp_path, monkeypatch):
     script_args, args, model_args = vision.parse(["--output_dir", str(tmp_path / "out"), *DRAWN])
     with pytest.raises(InputError, match="--use_muon cannot be used here: DeepSpeed and FSDP split"):
         check(script_args, args, model_args)
-    check(replace(script_args, use_muon=False), args, model_args)
+    script_args = replace(script_args, use_muon=False)
+    with pytest.raises(InputError, match="--num_patch_pictures cannot be used here: DeepSpeed and FSDP split"):
+        check(script_args, args, model_args)
+    check(replace(script_args, num_patch_pictures=0), args, model_args)
 
 
 def test_answers_before_the_first_picture_are_refused_where_weights_are_split(drawn, tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ from hfllm.outputs.verdict import Promise
 from hfllm.rewards.functions import gold_reward
 from hfllm.stages.shared import rows_with_images
 from hfllm.stages.vision.flags import ModelSizes
+from hfllm.trainers.engines import shards_parameters
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.pretraining.trainer import optimizer_of
 from hfllm.trainers.trl_trainers import PatchNames, PictureTrainer, TurnTokens
@@ -304,7 +305,8 @@ def new_trainer(
     args, tower = changed(args, remove_unused_columns=False), model.config.vision_config
     pieces = (tower.image_size // tower.patch_size) ** 2
     tokens = TurnTokens(processor, processor.image_token_id, pieces, args.max_length)
-    names = PatchNames(processor.tokenizer, tower.patch_size) if rows[0].scene is not None else None
+    has_names = rows[0].scene is not None and not shards_parameters(args)
+    names = PatchNames(processor.tokenizer, tower.patch_size) if has_names else None
     optimizer = optimizer_of(use_muon, args)
     return PictureTrainer(rows, tokens, processor, names, model=model, args=args, optimizer_cls_and_kwargs=optimizer)
 

@@ -9,7 +9,7 @@ from hfllm.data.images.rows import FREEZING, OF_PICTURES, FreezingArguments, Pic
 from hfllm.data.loading import ON_WORLD, RowArguments
 from hfllm.data.sources import DIGITS, PICTURES
 from hfllm.data.world.pictures import picture_side
-from hfllm.errors import InputError
+from hfllm.errors import InputError, refuse
 from hfllm.flags import ALWAYS, NAMED, UNNAMED, Clashes, Fact, Range, Refused, at_least, check_flags, flag
 from hfllm.runs.recipes import settings_file
 from hfllm.stages.shared import NOT_CUT, check_batches, refused_with_images
@@ -151,11 +151,14 @@ def default_settings(provided: Mapping[str, Any]) -> list[Path]:
 
 def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> None:
     """Refuse contradictory flags and flags that would fail later."""
+    from hfllm.trainers.engines import shards_parameters
     from hfllm.trainers.pretraining.muon import check_muon
 
     check_flags(script_args, training_args, model_args)
     check_batches(training_args.train_sampling_strategy, training_args.completion_only_loss)
     check_muon(script_args.use_muon, training_args)
+    is_split = script_args.num_patch_pictures and shards_parameters(training_args)
+    refuse(is_split, "--num_patch_pictures", "DeepSpeed and FSDP split the embeddings that patches are named by")
     side, patch = picture_side(script_args.dataset_name), script_args.patch_size
     if side is not None and (patch < 1 or side % patch):
         raise InputError(f"--patch_size {patch}: expected a divisor of the pictures' side, {side}")
