@@ -67,9 +67,9 @@ WORDINGS = {
             "Where is the {} from the {}?",
             "Tell me where the {} is from the {}.",
             "From the {1}, where is the {0}?",
-            "Where from the {1} is the {0}?",
+            "Seen from the {1}, where is the {0}?",
         ),
-        ("Where do you see the {} from the {}?", "Tell me where from the {1} the {0} is."),
+        ("Where is the {}, seen from the {}?", "From the {1}, where do you see the {0}?"),
     ),
     TEXT: Wordings(
         (
