@@ -272,14 +272,20 @@ def test_colors_of_grounds_are_held_out_in_every_part_of_the_cube():
 
 
 def test_every_shape_can_be_seen_on_its_ground():
-    for example in some(100, TRAINED_STYLE):
-        pixels = numpy.asarray(example.picture).astype(int)
-        for thing in example.scene.things:
-            (x, y), r = thing.spot, thing.radius
-            # A frame shows the ground in its middle, and its color at its edge.
-            inside = pixels[y - r, x] if thing.shape == "frame" else pixels[y, x]
-            corner = [pixels[b, a] for a in (0, SIZE - 1) for b in (0, SIZE - 1)]
-            assert min(numpy.linalg.norm(inside - ground) for ground in corner) > 20 or thing.shape == "bar"
+    """No pixel of any ground is near the color of a shape; of dark gray ones none is as near as to be the same."""
+    rng = random.Random(0)
+    for pattern in (*PATTERNS, *HELD_OUT_PATTERNS):
+        for _ in range(30):
+            shades = [tuple(rng.randint(0, 255) for _ in range(3)) for _ in range(3)]
+            ground = drawing.draw_ground(rng, pattern, shades, held_out=False).reshape(-1, 3).astype(float)
+            is_dark = pattern == PLAIN and ground.max() <= 45
+            near = min(numpy.linalg.norm(ground - shade, axis=1).min() for shade in shades)
+            assert is_dark or near > 55
+    for example in some(100):
+        ground, _ = ground_of(example.picture)
+        for mask in components(example.picture):
+            mean = numpy.asarray(example.picture)[mask].mean(0)
+            assert numpy.linalg.norm(mean - ground) > 25
 
 
 def test_moving_moves_every_pixel():
