@@ -98,7 +98,8 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
     model = trainer.accelerator.unwrap_model(trainer.model)
 
     most, prior = script_args.max_new_tokens, vision.prior_of(dataset_name, count)
-    result = judge_answers(model, processor, parts, prior, most, vision.style_parts(dataset_name, count))
+    styles = vision.style_parts(dataset_name, count)
+    result = judge_answers(model, processor, parts, prior, most, styles)
     summary, tables, plots = result.summary, dict(result.tables), dict(result.plots)
     metrics = {
         **result.metrics,
@@ -123,7 +124,7 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         use_plain_lines(policy_trainer)
         train(policy_trainer)
         policy_trainer.save_model()
-        aligned = judge_answers(policy, processor, parts, prior, most)
+        aligned = judge_answers(policy, processor, parts, prior, most, styles)
         metrics |= {f"rl_{metric}": value for metric, value in aligned.metrics.items()}
         metrics |= change_of("sampled_gold", before, vision.sampled_gold(policy, processor, first, most))
         tables["Right answers after PPO"] = aligned.tables["Right answers"]
