@@ -435,11 +435,18 @@ class PatchNames:
             [encode(space + name, add_special_tokens=False).ids[-1] for name in names]
             for space, names in zip((" ", " ", "", " "), PATCH_WORDS, strict=True)
         ]
-        self._numbers = [{name: number for number, name in enumerate(names, 1)} for names in PATCH_WORDS]
+        # What a scene has no name for is no target.
+        self._numbers = [{"": IGNORE} | {name: number for number, name in enumerate(names, 1)} for names in PATCH_WORDS]
 
     def __call__(self, scene: Scene) -> list[tuple[int, ...]]:
-        """Return for each patch the numbers of its words, from 1; 0 where there is nothing."""
+        """Return for each patch the numbers of its words, from 1; 0 where nothing is, -100 for what is not learned.
+
+        Not learned is what has no name, and a scene with colors of named shapes: training has only some shapes of each
+        color, and both are to be named by themselves.
+        """
         nothing = (0,) * len(PATCH_WORDS)
+        if any(thing.color and thing.shape for thing in scene.things):
+            return [(IGNORE,) * len(PATCH_WORDS)] * len(patch_names(scene, self.patch_size))
         return [
             tuple(numbers[name] for numbers, name in zip(self._numbers, names, strict=True)) if names else nothing
             for names in patch_names(scene, self.patch_size)
@@ -456,14 +463,14 @@ class PatchNames:
         total = vectors.new_zeros(())
         for ids, numbers in zip(self.ids, targets.flatten(0, 1).unbind(-1), strict=True):
             scores = pad(vectors @ embeddings[ids].T, (1, 0))
-            total = total + cross_entropy(scores.float(), numbers)
+            total = total + cross_entropy(scores.float(), numbers, reduction="sum") / (numbers != IGNORE).sum().clamp(1)
         return total
 
 
 class TokenizedPictures(Dataset):
     """Rows of images with the results of `TurnTokens` for them, and `pixels` (H, W, 3) in bytes.
 
-    With `names`, rows with a scene have `patches` (N, 4), the results of `PatchNames`.
+    With `names` each has `patches` (N, 4), the results of `PatchNames`.
     """
 
     def __init__(self, rows: Sequence[PictureRow], tokens: TurnTokens, names: PatchNames | None = None):

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from hfllm.data.world.drawing import distance
 from hfllm.data.world.pictures import (
     ABSENT,
     COLORS,
@@ -15,13 +16,16 @@ from hfllm.data.world.pictures import (
     HELD_OUT,
     NOT_THERE,
     PAIRS,
+    PATCHES,
     PLACES,
     RELATION,
     SEEN,
     SHAPES,
     TEXT,
     TRAINED_FAMILIES,
+    UNLIKE,
     WORDS,
+    DrawnWorld,
     Scene,
     Thing,
     answer_about,
@@ -204,3 +208,29 @@ def test_corners_have_at_most_two_things_or_a_word():
         crowded += len(set(corners)) < len(corners)
         assert draw_question(scene, rng, families=("count",)).family == "count"
     assert 30 < crowded < 120
+
+
+def test_images_to_name_show_no_color_of_a_named_shape():
+    """A shape there is in a shade far from all colors, so that neither names anything about the other."""
+    shapes, colors = Counter(), Counter()
+    for row in DrawnWorld(3, 400, PATCHES):
+        for thing in row.scene.things:
+            assert bool(thing.color) != bool(thing.shape)
+            shade = row.picture.getpixel(thing.spot)
+            if thing.shape and thing.shape != "frame":
+                assert min(distance(shade, color) for color in COLORS.values()) >= UNLIKE
+            shapes[thing.shape] += 1
+            colors[thing.color] += 1
+        assert row.turns == ()
+    assert shapes.keys() == {"", *SHAPES} and colors.keys() == {"", *COLORS}
+    # Shapes are learned later, and drawn twice as often.
+    assert 1.7 < colors[""] / shapes[""] < 2.4
+
+
+def test_a_blob_is_a_function_of_its_place_and_no_known_shape():
+    for x in range(6, 11):
+        scene = Scene((Thing("white", "", 0, (x, 8), 6),))
+        blob = draw_picture(scene, random.Random(3))
+        assert blob.tobytes() == draw_picture(scene, random.Random(3)).tobytes()
+        others = [draw_picture(Scene((Thing("white", shape, 0, (x, 8), 6),)), random.Random(3)) for shape in SHAPES]
+        assert all(blob.tobytes() != other.tobytes() for other in others)

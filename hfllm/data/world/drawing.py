@@ -8,6 +8,7 @@ A shape is drawn about a center, `radius` pixels to each side. What evaluation a
     grounds     of the 64 cells of the color cube training has plain grounds in 48 only; `HELD_OUT_PATTERNS` in none
 """
 
+import math
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -143,7 +144,7 @@ def draw_ground(rng: random.Random, pattern: str, shades: Sequence[Color], held_
         if pattern == PLAIN and is_held_out_color(color) != held_out:
             continue
         other = tuple(min(255, max(0, part + step)) for part in color)
-        if all(_distance(tone, shade) >= (0 if is_dark else CONTRAST) for tone in (color, other) for shade in shades):
+        if all(distance(tone, shade) >= (0 if is_dark else CONTRAST) for tone in (color, other) for shade in shades):
             break
     if pattern == PLAIN:
         return numpy.full((SIZE, SIZE, 3), color, numpy.uint8)
@@ -151,7 +152,8 @@ def draw_ground(rng: random.Random, pattern: str, shades: Sequence[Color], held_
     return (numpy.array(color) * (1 - share) + numpy.array(other) * share).astype(numpy.uint8)
 
 
-def _distance(one: Sequence[int], other: Sequence[int]) -> float:
+def distance(one: Sequence[int], other: Sequence[int]) -> float:
+    """Return the distance of two colors in levels."""
     return sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5
 
 
@@ -222,7 +224,19 @@ def _draw_shape(draw: "ImageDraw", shape: str, x: int, y: int, r: int, shade: Co
         draw.polygon([(x - r, y + r), (x + r, y + r), (x, y - r)], fill=shade)
     elif shape == "diamond":
         draw.polygon([(x - r, y), (x, y - r), (x + r, y), (x, y + r)], fill=shade)
+    elif not shape:
+        draw.polygon(_blob(x, y, r), fill=shade)
     if shape in ("bar", "cross"):
         draw.rectangle((x - r, y - 1, x + r, y + 1), fill=shade)
     if shape in ("post", "cross"):
         draw.rectangle((x - 1, y - r, x + 1, y + r), fill=shade)
+
+
+def _blob(x: int, y: int, r: int) -> list[tuple[float, float]]:
+    """Return the corners of a shape that is like no other, a function of where it is."""
+    rng = random.Random(f"blob {x} {y} {r}")
+    angles = sorted(rng.uniform(0, 2 * math.pi) for _ in range(7))
+    return [
+        (x + length * math.cos(angle), y + length * math.sin(angle))
+        for angle, length in ((each, r * rng.uniform(0.4, 1)) for each in angles)
+    ]

@@ -72,6 +72,8 @@ ASK_COUNT, ASK_WORD = WORDINGS[COUNT].trained[0], WORDINGS[TEXT].trained[0]
 NUMBERS, SHARE_OF_WORDS = (1, 2, 2, 3), 0.3
 # In training: among three things a look at random is right less often.
 TRAINED_NUMBERS = (1, 2, 3, 3)
+# Distance of a shade without a name to any color at least.
+UNLIKE = 60
 # Share of questions in the usual wording; the others have one of the rest.
 SHARE_USUAL = 0.4
 
@@ -115,6 +117,8 @@ class Thing:
     """A shape of a color in a corner, by its number in `PLACES`.
 
     Args:
+        color: of `COLORS`; "" for a shade that has no name.
+        shape: of `SHAPES`; "" for a blob.
         center: its pixel (x, y); by default the middle of the corner.
         radius: pixels to each side of the center.
     """
@@ -176,15 +180,20 @@ class Question:
 
 
 def draw_scene(
-    rng: random.Random, held_out: bool = False, numbers: Sequence[int] = NUMBERS, style: Style = TRAINED_STYLE
+    rng: random.Random,
+    held_out: bool = False,
+    numbers: Sequence[int] = NUMBERS,
+    style: Style = TRAINED_STYLE,
+    is_apart: bool = False,
 ) -> Scene:
     """Return a scene; with `held_out` its first thing is one of the pairs absent from all training images.
 
     Args:
         numbers: of things, to draw from; at most three.
         style: of the image; in a crowded one the first two things are in one corner.
+        is_apart: whether each thing is a shape in a shade without a name, or a blob of a color.
     """
-    pairs = [rng.choice(SEEN) for _ in range(rng.choice(numbers))]
+    pairs = [_half_pair(rng) if is_apart else rng.choice(SEEN) for _ in range(rng.choice(numbers))]
     if held_out:
         pairs[0] = rng.choice(HELD_OUT)
     corners = rng.sample(range(len(PLACES)), len(PLACES))
@@ -196,6 +205,11 @@ def draw_scene(
     while scene is None:
         scene = _placed(rng, pairs, corners, word, style)
     return scene
+
+
+def _half_pair(rng: random.Random) -> Pair:
+    """Return a color or a shape, which is learned later and drawn twice as often."""
+    return (rng.choice(tuple(COLORS)), "") if rng.random() < 1 / 3 else ("", rng.choice(SHAPES))
 
 
 def _placed(
@@ -236,17 +250,18 @@ def _word_spot(scene: Scene) -> Spot:
 def captions(scene: Scene) -> tuple[tuple[str, str], ...]:
     """Return both captions as (request, caption): the colors, and the shapes, corner by corner.
 
-    Of two things in one corner the left one comes first, or else the upper one.
+    Of two things in one corner the left one comes first, or else the upper one. What has no name is left out.
     """
     named = [(thing.corner, thing.color, thing.shape) for thing in sorted(scene.things, key=cmp_to_key(_order))]
     if scene.word is not None:
         named.append((scene.word_corner, WORD, scene.word))
     # Sorting keeps the order of two things in one corner.
     named.sort(key=lambda each: each[0])
-    return tuple(
-        (request, ", ".join(at_corner(corner, parts[index]) for corner, *parts in named))
+    said = (
+        (request, ", ".join(at_corner(corner, parts[index]) for corner, *parts in named if parts[index]))
         for index, request in enumerate((ASK_COLORS, ASK_SHAPES))
     )
+    return tuple((request, caption) for request, caption in said if caption)
 
 
 def _order(one: Thing, other: Thing) -> int:
@@ -329,15 +344,15 @@ def _worded(text: str, rng: random.Random, is_held_out: bool) -> str:
 
 
 def _ask_color(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
-    return _asked_color(COLOR, thing.shape, at_corner(thing.corner, thing.color)) if scene.only(thing.shape) else None
+    if not all(thing.pair) or not scene.only(thing.shape):
+        return None
+    return _asked_color(COLOR, thing.shape, at_corner(thing.corner, thing.color))
 
 
 def _ask_shape(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
-    return (
-        _asked_shape(SHAPE, thing.color, at_corner(thing.corner, thing.shape))
-        if scene.only(color=thing.color)
-        else None
-    )
+    if not all(thing.pair) or not scene.only(color=thing.color):
+        return None
+    return _asked_shape(SHAPE, thing.color, at_corner(thing.corner, thing.shape))
 
 
 def _ask_count(scene: Scene, thing: Thing, rng: random.Random) -> Question:
@@ -347,13 +362,17 @@ def _ask_count(scene: Scene, thing: Thing, rng: random.Random) -> Question:
 def _ask_place(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
     if not scene.only(thing.shape, thing.color):
         return None
-    is_named_whole = rng.random() < 2 / 3 or not scene.only(thing.shape)
+    is_named_whole = rng.random() < 2 / 3 or not thing.shape or not scene.only(thing.shape)
     return _asked_place(PLACE, thing.pair if is_named_whole else ("", thing.shape), PLACES[thing.corner])
 
 
 def _ask_relation(scene: Scene, thing: Thing, rng: random.Random) -> Question | None:
-    others = [other for other in scene.things if (thing.corner, other.corner) in RELATIONS and scene.only(other.shape)]
-    if not others or not scene.only(thing.shape):
+    others = [
+        other
+        for other in scene.things
+        if (thing.corner, other.corner) in RELATIONS and other.shape and scene.only(other.shape)
+    ]
+    if not others or not thing.shape or not scene.only(thing.shape):
         return None
     other = rng.choice(others)
     text = f"Where is the {thing.shape} from the {other.shape}?"
@@ -379,7 +398,7 @@ def _ask_absent(scene: Scene, thing: Thing, rng: random.Random) -> Question | No
     if kind == SHAPE:
         return _asked_shape(ABSENT, rng.choice([color for color in COLORS if color not in colors]), NOT_THERE)
     near = [pair for pair in product(sorted(colors), sorted(shapes)) if pair not in present_pairs]
-    near = [pair for pair in near if pair not in HELD_OUT]
+    near = [pair for pair in near if pair in SEEN]
     if near and rng.random() < 0.5:
         return _asked_place(ABSENT, rng.choice(near), NOT_THERE)
     while True:
@@ -441,7 +460,7 @@ def answer_about(scene: Scene, text: str) -> str:
 
 def draw_picture(scene: Scene, rng: random.Random, style: Style = TRAINED_STYLE) -> "Image":
     """Return the image of a scene, (SIZE, SIZE) in RGB, with shades and the ground drawn by `rng`."""
-    shades = [_shade(COLORS[thing.color], rng) for thing in scene.things]
+    shades = [_shade(COLORS[thing.color], rng) if thing.color else _no_color(rng) for thing in scene.things]
     gray = (130 + rng.randint(-20, 30),) * 3
     visible = shades if scene.word is None else [*shades, gray]
     ground = drawing.draw_ground(rng, rng.choice(style.patterns), visible, style.has_other_grounds)
@@ -452,6 +471,14 @@ def draw_picture(scene: Scene, rng: random.Random, style: Style = TRAINED_STYLE)
 def _shade(color: drawing.Color, rng: random.Random) -> drawing.Color:
     light = rng.uniform(0.8, 1.08)
     return tuple(min(255, max(0, int(part * light) + rng.randint(-12, 12))) for part in color)
+
+
+def _no_color(rng: random.Random) -> drawing.Color:
+    """Return a shade that is none of the colors'."""
+    while True:
+        shade = tuple(rng.randint(0, 255) for _ in range(3))
+        if all(drawing.distance(shade, color) >= UNLIKE for color in COLORS.values()):
+            return shade
 
 
 # ---- many of them ----
@@ -475,6 +502,7 @@ def draw_example(
     families: Sequence[str] = FAMILIES,
     numbers: Sequence[int] = NUMBERS,
     style: Style = TRAINED_STYLE,
+    is_apart: bool = False,
 ) -> Example:
     """Return one image with questions: a function of these arguments only, whichever were drawn before.
 
@@ -487,9 +515,10 @@ def draw_example(
         families: families to draw questions from; a family listed twice is drawn twice as often.
         numbers: possible numbers of things, likewise.
         style: of the image and the questions. About a crowded one they are about the first of the things.
+        is_apart: whether only the color or the shape of each thing has a name.
     """
     rng = random.Random(f"pictures {part} {held_out} {seed} {number}")
-    scene = draw_scene(rng, held_out, numbers, style)
+    scene = draw_scene(rng, held_out, numbers, style, is_apart)
     picture = draw_picture(scene, rng, style)
     about_first = held_out or style.share_crowded == 1
     questions = tuple(draw_question(scene, rng, about_first, families, style) for _ in range(num_questions))
@@ -577,6 +606,8 @@ class DrawnWorld(Sequence[PictureRow]):
         held_out: whether all are about held-out pairs of color and shape.
         part: the stream of images; captions and questions for training are of different ones.
         caption_every: one in so many rows of questions has both captions before them; 0 gives none.
+        apart_every: of the things in one in so many images only the color or the shape has a name: what shape
+            something is, is then learned without its color. Nothing absent is asked for there. 0 gives none.
         families: of questions, see `draw_example`.
         numbers: of things, likewise.
         style: of images and questions, likewise.
@@ -594,10 +625,11 @@ class DrawnWorld(Sequence[PictureRow]):
         families: Sequence[str] = FAMILIES,
         numbers: Sequence[int] = NUMBERS,
         style: Style = TRAINED_STYLE,
+        apart_every: int = 0,
     ):
         self.seed, self.count, self.kind, self.num_questions = seed, count, kind, num_questions
         self.held_out, self.part, self.caption_every = held_out, part, caption_every
-        self.families, self.numbers, self.style = families, numbers, style
+        self.families, self.numbers, self.style, self.apart_every = families, numbers, style, apart_every
 
     def __len__(self) -> int:
         return self.count
@@ -605,12 +637,13 @@ class DrawnWorld(Sequence[PictureRow]):
     def __getitem__(self, number: int) -> PictureRow:
         if not 0 <= number < self.count:
             raise IndexError(number)
-        stream = f"{self.part} {self.kind}"
-        if self.kind == PATCHES:
-            example = draw_example(self.seed, number, num_questions=0, part=stream, numbers=self.numbers)
-            return PictureRow(example.picture, (), scene=example.scene)
-        settings = (self.num_questions, stream, self.families, self.numbers, self.style)
+        count = 0 if self.kind == PATCHES else self.num_questions
+        is_apart = bool(self.apart_every) and number % self.apart_every == 0
+        families = [each for each in self.families if each not in (COLOR, SHAPE, ABSENT)] if is_apart else self.families
+        settings = (count, f"{self.part} {self.kind}", families, self.numbers, self.style, is_apart)
         example = draw_example(self.seed, number, self.held_out, *settings)
+        if self.kind == PATCHES:
+            return PictureRow(example.picture, (), scene=example.scene)
         turns = captions(example.scene)
         if self.kind == QUESTIONS:
             row = replace(_row(example.picture, example.questions), scene=example.scene)

@@ -73,17 +73,19 @@ PRIOR = 20
 # Number of questions of a part per question of each part with one held-out property.
 STYLE_EVERY = 2
 # One in this many images with questions has captions, too.
-CAPTION_EVERY = 6
+CAPTION_EVERY = 4
+# Of the things in one in this many images of captions and questions only the color or the shape has a name.
+APART_EVERY = 2
 
 
 def caption_rows(dataset_name: str, seed: int, count: int) -> DrawnWorld:
     """Return the captions to learn first; digits have none."""
-    return DrawnWorld(seed, count if dataset_name == PICTURES else 0, CAPTIONS)
+    return DrawnWorld(seed, count if dataset_name == PICTURES else 0, CAPTIONS, apart_every=APART_EVERY)
 
 
 def patch_rows(dataset_name: str, seed: int, count: int) -> DrawnWorld:
     """Return the images whose patches are named before any caption; digits have none."""
-    return DrawnWorld(seed, count if dataset_name == PICTURES else 0, PATCHES, numbers=TRAINED_NUMBERS)
+    return DrawnWorld(seed, count if dataset_name == PICTURES else 0, PATCHES, numbers=TRAINED_NUMBERS, apart_every=1)
 
 
 def question_rows(
@@ -101,7 +103,7 @@ def question_rows(
         return TwoDigits(seed, count, num_questions=questions_per_picture)
     # Captions continue: with only answers about single things, colors and shapes are learned much later.
     families = trained_families(share_absent)
-    mix = {"caption_every": CAPTION_EVERY, "families": families, "numbers": TRAINED_NUMBERS}
+    mix = {"caption_every": CAPTION_EVERY, "families": families, "numbers": TRAINED_NUMBERS, "apart_every": APART_EVERY}
     return DrawnWorld(seed, count, QUESTIONS, questions_per_picture, **mix)
 
 
