@@ -21,7 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from hfllm.data.images.rows import conversation_batch
 from hfllm.data.packing import IGNORE
-from hfllm.data.world.pictures import PATCH_WORDS, PictureRow, Scene, patch_names
+from hfllm.data.world.pictures import COLORS, PATCH_WORDS, PictureRow, Scene, patch_names
 from hfllm.flags import changed
 from hfllm.generation.scoring import evaluating
 from hfllm.models.family.layers_hfllm import missing_rows
@@ -436,21 +436,28 @@ class PatchNames:
             for space, names in zip((" ", " ", "", " "), PATCH_WORDS, strict=True)
         ]
         # What a scene has no name for is no target.
-        self._numbers = [{"": IGNORE} | {name: number for number, name in enumerate(names, 1)} for names in PATCH_WORDS]
+        self._numbers = [
+            {"": IGNORE} | {name: number for number, name in enumerate(names, 1)} for names in PATCH_WORDS
+        ]
 
     def __call__(self, scene: Scene) -> list[tuple[int, ...]]:
         """Return for each patch the numbers of its words, from 1; 0 where nothing is, -100 for what is not learned.
 
-        Not learned is what has no name, and a scene with colors of named shapes: training has only some shapes of each
-        color, and both are to be named by themselves.
+        Not learned is what has no name, and the shapes of things that have a color: training has only some shapes of
+        each color, so that one would be learned by the other.
         """
         nothing = (0,) * len(PATCH_WORDS)
-        if any(thing.color and thing.shape for thing in scene.things):
-            return [(IGNORE,) * len(PATCH_WORDS)] * len(patch_names(scene, self.patch_size))
         return [
-            tuple(numbers[name] for numbers, name in zip(self._numbers, names, strict=True)) if names else nothing
+            tuple(numbers[name] for numbers, name in zip(self._numbers, self._shown(names), strict=True))
+            if names
+            else nothing
             for names in patch_names(scene, self.patch_size)
         ]
+
+    @staticmethod
+    def _shown(names: tuple[str, ...]) -> tuple[str, ...]:
+        color, _, *place = names
+        return (color, "", *place) if color in COLORS else names
 
     def loss(self, vectors: torch.Tensor, embeddings: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the cross entropy of the names, in nats per patch.
@@ -463,7 +470,9 @@ class PatchNames:
         total = vectors.new_zeros(())
         for ids, numbers in zip(self.ids, targets.flatten(0, 1).unbind(-1), strict=True):
             scores = pad(vectors @ embeddings[ids].T, (1, 0))
-            total = total + cross_entropy(scores.float(), numbers, reduction="sum") / (numbers != IGNORE).sum().clamp(1)
+            total = total + cross_entropy(scores.float(), numbers, reduction="sum") / (numbers != IGNORE).sum().clamp(
+                1
+            )
         return total
 
 

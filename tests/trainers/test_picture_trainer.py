@@ -156,13 +156,13 @@ def test_a_patch_is_named_by_what_has_its_center_there(made):
     named = {number: name for number, name in enumerate(patch_names(scene, 8)) if name}
     places = ("top", "left"), ("bottom", "right"), ("top", "right")
     assert named == {5: ("red", "bar", *places[0]), 15: ("navy", "frame", *places[1]), 3: ("word", "go", *places[2])}
-    numbers = PatchNames(made[1].tokenizer, 8, [])(scene)
-    assert numbers[5] == (1 + list(COLORS).index("red"), 1 + SHAPES.index("bar"), 1, 1) and not any(numbers[0])
+    numbers = PatchNames(made[1].tokenizer, 8)(scene)
+    # The shape of a thing with a color is no target.
+    assert numbers[5] == (1 + list(COLORS).index("red"), IGNORE, 1, 1) and not any(numbers[0])
     assert numbers[3] == (1 + len(COLORS), 1 + len(SHAPES) + WORDS.index("go"), 1, 2) and len(numbers) == 16
-    # What has no name is no target.
-    numbers = PatchNames(made[1].tokenizer, 8, [])(Scene((Thing("", "bar", 0, (9, 10)), Thing("red", "", 1, (20, 4)))))
+    # Nor is what has no name.
+    numbers = PatchNames(made[1].tokenizer, 8)(Scene((Thing("", "bar", 0, (9, 10)),)))
     assert numbers[5] == (IGNORE, 1 + SHAPES.index("bar"), 1, 1)
-    assert numbers[2] == (1 + list(COLORS).index("red"), IGNORE, 1, 2)
     # No two things of any drawn scene have their centers in one patch.
     for row in DrawnWorld(0, 200, PATCHES):
         content = len(row.scene.things) + (row.scene.word is not None)
@@ -171,7 +171,7 @@ def test_a_patch_is_named_by_what_has_its_center_there(made):
 
 def trainer_of(made, folder, rows, **more):
     model, processor = made
-    names = PatchNames(processor.tokenizer, 4, DrawnWorld(3, 3, PATCHES))
+    names = PatchNames(processor.tokenizer, 4)
     tokens = TurnTokens(processor, processor.image_token_id, 64)
     args = TrainingArguments(str(folder), use_cpu=True, report_to="none", remove_unused_columns=False, **more)
     return PictureTrainer(rows, tokens, processor, names, model=model, args=args)
@@ -179,11 +179,11 @@ def trainer_of(made, folder, rows, **more):
 
 def test_the_loss_of_names_is_added_to_that_of_answers(made, tmp_path):
     """By hand: the products of other images' vectors and the embeddings of names, and nothing at zero."""
-    model, names = made[0], PatchNames(made[1].tokenizer, 4, [])
+    model, names = made[0], PatchNames(made[1].tokenizer, 4)
     trainer = trainer_of(made, tmp_path, DrawnWorld(3, 4, num_questions=2))
     batch = trainer.data_collator(list(trainer.train_dataset))
     with torch.no_grad():
-        vectors = torch.stack(list(model.model.get_image_features(batch["named_pixel_values"]).pooler_output))
+        vectors = torch.stack(list(model.model.get_image_features(batch["pixel_values"]).pooler_output))
         expected = 0.0
         for axis, ids in enumerate(names.ids):
             scores = torch.cat([torch.zeros(4, 64, 1), vectors @ model.get_input_embeddings().weight[ids].T], -1)

@@ -8,7 +8,6 @@ A shape is drawn about a center, `radius` pixels to each side. What evaluation a
     grounds     of the 64 cells of the color cube training has plain grounds in 48 only; `HELD_OUT_PATTERNS` in none
 """
 
-import math
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -224,19 +223,7 @@ def _draw_shape(draw: "ImageDraw", shape: str, x: int, y: int, r: int, shade: Co
         draw.polygon([(x - r, y + r), (x + r, y + r), (x, y - r)], fill=shade)
     elif shape == "diamond":
         draw.polygon([(x - r, y), (x, y - r), (x + r, y), (x, y + r)], fill=shade)
-    elif not shape:
-        draw.polygon(_blob(x, y, r), fill=shade)
     if shape in ("bar", "cross"):
         draw.rectangle((x - r, y - 1, x + r, y + 1), fill=shade)
     if shape in ("post", "cross"):
         draw.rectangle((x - 1, y - r, x + 1, y + r), fill=shade)
-
-
-def _blob(x: int, y: int, r: int) -> list[tuple[float, float]]:
-    """Return the corners of a shape that is like no other, a function of where it is."""
-    rng = random.Random(f"blob {x} {y} {r}")
-    angles = sorted(rng.uniform(0, 2 * math.pi) for _ in range(7))
-    return [
-        (x + length * math.cos(angle), y + length * math.sin(angle))
-        for angle, length in ((each, r * rng.uniform(0.4, 1)) for each in angles)
-    ]

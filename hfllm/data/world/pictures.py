@@ -118,7 +118,7 @@ class Thing:
 
     Args:
         color: of `COLORS`; "" for a shade that has no name.
-        shape: of `SHAPES`; "" for a blob.
+        shape: of `SHAPES`.
         center: its pixel (x, y); by default the middle of the corner.
         radius: pixels to each side of the center.
     """
@@ -191,9 +191,9 @@ def draw_scene(
     Args:
         numbers: of things, to draw from; at most three.
         style: of the image; in a crowded one the first two things are in one corner.
-        is_apart: whether each thing is a shape in a shade without a name, or a blob of a color.
+        is_apart: whether each thing is a shape in a shade without a name.
     """
-    pairs = [_half_pair(rng) if is_apart else rng.choice(SEEN) for _ in range(rng.choice(numbers))]
+    pairs = [("", rng.choice(SHAPES)) if is_apart else rng.choice(SEEN) for _ in range(rng.choice(numbers))]
     if held_out:
         pairs[0] = rng.choice(HELD_OUT)
     corners = rng.sample(range(len(PLACES)), len(PLACES))
@@ -205,11 +205,6 @@ def draw_scene(
     while scene is None:
         scene = _placed(rng, pairs, corners, word, style)
     return scene
-
-
-def _half_pair(rng: random.Random) -> Pair:
-    """Return a color or a shape, which is learned later and drawn twice as often."""
-    return (rng.choice(tuple(COLORS)), "") if rng.random() < 1 / 3 else ("", rng.choice(SHAPES))
 
 
 def _placed(
@@ -515,7 +510,7 @@ def draw_example(
         families: families to draw questions from; a family listed twice is drawn twice as often.
         numbers: possible numbers of things, likewise.
         style: of the image and the questions. About a crowded one they are about the first of the things.
-        is_apart: whether only the color or the shape of each thing has a name.
+        is_apart: whether only the shape of each thing has a name.
     """
     rng = random.Random(f"pictures {part} {held_out} {seed} {number}")
     scene = draw_scene(rng, held_out, numbers, style, is_apart)
@@ -606,8 +601,8 @@ class DrawnWorld(Sequence[PictureRow]):
         held_out: whether all are about held-out pairs of color and shape.
         part: the stream of images; captions and questions for training are of different ones.
         caption_every: one in so many rows of questions has both captions before them; 0 gives none.
-        apart_every: of the things in one in so many images only the color or the shape has a name: what shape
-            something is, is then learned without its color. Nothing absent is asked for there. 0 gives none.
+        whole_every: of the things in all but one of so many images only the shape has a name: what shape something
+            is, is then learned without its color. Nothing absent is asked for there. 1 gives none.
         families: of questions, see `draw_example`.
         numbers: of things, likewise.
         style: of images and questions, likewise.
@@ -625,11 +620,11 @@ class DrawnWorld(Sequence[PictureRow]):
         families: Sequence[str] = FAMILIES,
         numbers: Sequence[int] = NUMBERS,
         style: Style = TRAINED_STYLE,
-        apart_every: int = 0,
+        whole_every: int = 1,
     ):
         self.seed, self.count, self.kind, self.num_questions = seed, count, kind, num_questions
         self.held_out, self.part, self.caption_every = held_out, part, caption_every
-        self.families, self.numbers, self.style, self.apart_every = families, numbers, style, apart_every
+        self.families, self.numbers, self.style, self.whole_every = families, numbers, style, whole_every
 
     def __len__(self) -> int:
         return self.count
@@ -638,8 +633,10 @@ class DrawnWorld(Sequence[PictureRow]):
         if not 0 <= number < self.count:
             raise IndexError(number)
         count = 0 if self.kind == PATCHES else self.num_questions
-        is_apart = bool(self.apart_every) and number % self.apart_every == 0
-        families = [each for each in self.families if each not in (COLOR, SHAPE, ABSENT)] if is_apart else self.families
+        is_apart = number % self.whole_every != self.whole_every - 1
+        families = (
+            [each for each in self.families if each not in (COLOR, SHAPE, ABSENT)] if is_apart else self.families
+        )
         settings = (count, f"{self.part} {self.kind}", families, self.numbers, self.style, is_apart)
         example = draw_example(self.seed, number, self.held_out, *settings)
         if self.kind == PATCHES:

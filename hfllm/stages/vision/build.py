@@ -74,18 +74,20 @@ PRIOR = 20
 STYLE_EVERY = 2
 # One in this many images with questions has captions, too.
 CAPTION_EVERY = 4
-# Of the things in one in this many images of captions and questions only the color or the shape has a name.
-APART_EVERY = 2
+# Of the things in all but one of so many images only the shape has a name: where patches are named, and in captions
+# and questions.
+WHOLE_EVERY, WHOLE_ASKED_EVERY = 3, 2
 
 
 def caption_rows(dataset_name: str, seed: int, count: int) -> DrawnWorld:
     """Return the captions to learn first; digits have none."""
-    return DrawnWorld(seed, count if dataset_name == PICTURES else 0, CAPTIONS, apart_every=APART_EVERY)
+    return DrawnWorld(seed, count if dataset_name == PICTURES else 0, CAPTIONS, whole_every=WHOLE_ASKED_EVERY)
 
 
 def patch_rows(dataset_name: str, seed: int, count: int) -> DrawnWorld:
     """Return the images whose patches are named before any caption; digits have none."""
-    return DrawnWorld(seed, count if dataset_name == PICTURES else 0, PATCHES, numbers=TRAINED_NUMBERS, apart_every=1)
+    count = count if dataset_name == PICTURES else 0
+    return DrawnWorld(seed, count, PATCHES, numbers=TRAINED_NUMBERS, whole_every=WHOLE_EVERY)
 
 
 def question_rows(
@@ -103,8 +105,8 @@ def question_rows(
         return TwoDigits(seed, count, num_questions=questions_per_picture)
     # Captions continue: with only answers about single things, colors and shapes are learned much later.
     families = trained_families(share_absent)
-    mix = {"caption_every": CAPTION_EVERY, "families": families, "numbers": TRAINED_NUMBERS, "apart_every": APART_EVERY}
-    return DrawnWorld(seed, count, QUESTIONS, questions_per_picture, **mix)
+    mix = {"caption_every": CAPTION_EVERY, "families": families, "numbers": TRAINED_NUMBERS}
+    return DrawnWorld(seed, count, QUESTIONS, questions_per_picture, whole_every=WHOLE_ASKED_EVERY, **mix)
 
 
 def eval_parts(dataset_name: str, count: int) -> dict[str, list[Asked]]:
