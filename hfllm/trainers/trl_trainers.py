@@ -21,7 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from hfllm.data.images.rows import conversation_batch
 from hfllm.data.packing import IGNORE
-from hfllm.data.world.pictures import COLORS, PATCH_WORDS, PictureRow, Scene, patch_names
+from hfllm.data.world.pictures import HELD_OUT, PATCH_WORDS, PictureRow, Scene, patch_names
 from hfllm.flags import changed
 from hfllm.generation.scoring import evaluating
 from hfllm.models.family.layers_hfllm import missing_rows
@@ -422,6 +422,10 @@ class PatchNames:
     token; nothing has the score 0. Learned so, a tower sees in a twentieth of the steps that answers alone take, since
     each patch is a target and the decoder is not computed; and the decoder finds in an image the words that it reads.
 
+    Each patch with a part of a shape names its color and shape, the one with its center its corner too: so a color is
+    named whatever part of whatever shape it is in. A pair of color and shape that no training image shows is no wrong
+    answer either: else it is learned that there is none.
+
     Args:
         tokenizer: of the decoder.
         patch_size: in pixels.
@@ -435,29 +439,24 @@ class PatchNames:
             [encode(space + name, add_special_tokens=False).ids[-1] for name in names]
             for space, names in zip((" ", " ", "", " "), PATCH_WORDS, strict=True)
         ]
+        colors, shapes = (list(names) for names in PATCH_WORDS[:2])
+        unseen = torch.zeros(len(colors) + 1, len(shapes) + 1, dtype=torch.bool)
+        for color, shape in HELD_OUT:
+            unseen[colors.index(color) + 1, shapes.index(shape) + 1] = True
+        # Of each shape the colors that it never has in training, and of each color the shapes.
+        self._unseen = (unseen.T, unseen)
         # What a scene has no name for is no target.
         self._numbers = [
             {"": IGNORE} | {name: number for number, name in enumerate(names, 1)} for names in PATCH_WORDS
         ]
 
     def __call__(self, scene: Scene) -> list[tuple[int, ...]]:
-        """Return for each patch the numbers of its words, from 1; 0 where nothing is, -100 for what is not learned.
-
-        Not learned is what has no name, and the shapes of things that have a color: training has only some shapes of
-        each color, so that one would be learned by the other.
-        """
-        nothing = (0,) * len(PATCH_WORDS)
-        return [
-            tuple(numbers[name] for numbers, name in zip(self._numbers, self._shown(names), strict=True))
-            if names
-            else nothing
-            for names in patch_names(scene, self.patch_size)
-        ]
-
-    @staticmethod
-    def _shown(names: tuple[str, ...]) -> tuple[str, ...]:
-        color, _, *place = names
-        return (color, "", *place) if color in COLORS else names
+        """Return for each patch the numbers of its words, from 1; 0 where nothing is, -100 for what has no name."""
+        result = []
+        for names in patch_names(scene, self.patch_size):
+            found = [numbers[name] for numbers, name in zip(self._numbers, names or (), strict=False)]
+            result.append((*found, *[0] * (len(PATCH_WORDS) - len(found))))
+        return result
 
     def loss(self, vectors: torch.Tensor, embeddings: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the cross entropy of the names, in nats per patch.
@@ -468,11 +467,15 @@ class PatchNames:
             targets: (B, N, 4), as this returns them.
         """
         total = vectors.new_zeros(())
-        for ids, numbers in zip(self.ids, targets.flatten(0, 1).unbind(-1), strict=True):
-            scores = pad(vectors @ embeddings[ids].T, (1, 0))
-            total = total + cross_entropy(scores.float(), numbers, reduction="sum") / (numbers != IGNORE).sum().clamp(
-                1
-            )
+        colors, shapes, *places = targets.flatten(0, 1).unbind(-1)
+        others = (shapes, colors)
+        for kind, (ids, numbers) in enumerate(zip(self.ids, (colors, shapes, *places), strict=True)):
+            scores = pad(vectors @ embeddings[ids].T, (1, 0)).float()
+            if kind < len(others):
+                unseen = self._unseen[kind].to(scores.device)[others[kind].clamp(min=0)]
+                unseen.scatter_(1, numbers.clamp(min=0).unsqueeze(1), value=False)
+                scores = scores.masked_fill(unseen, -torch.inf)
+            total = total + cross_entropy(scores, numbers, reduction="sum") / (numbers != IGNORE).sum().clamp(1)
         return total
 
 

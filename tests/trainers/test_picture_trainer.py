@@ -1,5 +1,7 @@
 """The short way from drawn rows to a batch gives what the processor gives: the same tokens, the same pixels."""
 
+import math
+
 import numpy
 import pytest
 import torch
@@ -11,7 +13,9 @@ from hfllm.data.packing import IGNORE
 from hfllm.data.world.pictures import (
     CAPTIONS,
     COLORS,
+    HELD_OUT,
     PATCHES,
+    SEEN,
     SHAPES,
     WORDS,
     DrawnWorld,
@@ -155,18 +159,52 @@ def test_a_patch_is_named_by_what_has_its_center_there(made):
     scene = Scene((Thing("red", "bar", 0, (9, 10)), Thing("navy", "frame", 3, (24, 31))), "go", 1, (18, 1))
     named = {number: name for number, name in enumerate(patch_names(scene, 8)) if name}
     places = ("top", "left"), ("bottom", "right"), ("top", "right")
-    assert named == {5: ("red", "bar", *places[0]), 15: ("navy", "frame", *places[1]), 3: ("word", "go", *places[2])}
+    centers = {5: ("red", "bar", *places[0]), 15: ("navy", "frame", *places[1]), 3: ("word", "go", *places[2])}
+    assert named == {**centers, 4: ("red", "bar"), 14: ("navy", "frame")}
     numbers = PatchNames(made[1].tokenizer, 8)(scene)
-    # The shape of a thing with a color is no target.
-    assert numbers[5] == (1 + list(COLORS).index("red"), IGNORE, 1, 1) and not any(numbers[0])
+    red, bar = 1 + list(COLORS).index("red"), 1 + SHAPES.index("bar")
+    # A part has no corner.
+    assert numbers[5] == (red, bar, 1, 1) and numbers[4] == (red, bar, 0, 0) and not any(numbers[0])
     assert numbers[3] == (1 + len(COLORS), 1 + len(SHAPES) + WORDS.index("go"), 1, 2) and len(numbers) == 16
-    # Nor is what has no name.
+    # What has no name is no target, and parts of two shapes in one patch have none.
     numbers = PatchNames(made[1].tokenizer, 8)(Scene((Thing("", "bar", 0, (9, 10)),)))
-    assert numbers[5] == (IGNORE, 1 + SHAPES.index("bar"), 1, 1)
+    assert numbers[5] == (IGNORE, bar, 1, 1) and numbers[4] == (IGNORE, bar, 0, 0)
+    near = Scene((Thing("red", "square", 0, (5, 5), 3), Thing("blue", "square", 0, (13, 9), 3)))
+    assert patch_names(near, 8)[1] == ("", "") and patch_names(near, 8)[4] == ("red", "square")
+    assert PatchNames(made[1].tokenizer, 8)(near)[1] == (IGNORE, IGNORE, 0, 0)
     # No two things of any drawn scene have their centers in one patch.
     for row in DrawnWorld(0, 200, PATCHES):
         content = len(row.scene.things) + (row.scene.word is not None)
-        assert sum(name is not None for name in patch_names(row.scene, 8)) == content
+        assert sum(name is not None and len(name) == 4 for name in patch_names(row.scene, 8)) == content
+
+
+def never_with(color, shape):
+    """Return the numbers of the colors that the shape never has in training, and of the shapes of the color."""
+    return (
+        {1 + list(COLORS).index(each) for each, other in HELD_OUT if other == shape},
+        {1 + SHAPES.index(other) for each, other in HELD_OUT if each == color},
+    )
+
+
+def test_a_pair_that_training_never_shows_is_no_wrong_answer(made):
+    """By hand: of a shape's patch the colors that it never has are not in the sum of its softmax, nor the reverse."""
+    names = PatchNames(made[1].tokenizer, 8)
+    torch.manual_seed(0)
+    vectors, embeddings = torch.randn(1, 8), torch.randn(len(made[1].tokenizer), 8)
+    color, shape = SEEN[0]
+    numbers = 1 + list(COLORS).index(color), 1 + SHAPES.index(shape)
+    never = never_with(color, shape)
+    assert all(never)
+    expected = 0.0
+    for kind, number in enumerate((*numbers, 1, 1)):
+        scores = [0.0, *(vectors @ embeddings[names.ids[kind]].T)[0].tolist()]
+        kept = [score for place, score in enumerate(scores) if kind > 1 or place not in never[kind]]
+        expected += math.log(sum(map(math.exp, kept))) - scores[number]
+    found = names.loss(vectors, embeddings, torch.tensor([[(*numbers, 1, 1)]]))
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    # Where one is shown after all, it is learned.
+    shown = tuple(1 + list(each).index(name) for each, name in zip((COLORS, SHAPES), HELD_OUT[0], strict=True))
+    assert names.loss(vectors, embeddings, torch.tensor([[(*shown, 1, 1)]])).isfinite()
 
 
 def trainer_of(made, folder, rows, **more):
@@ -188,6 +226,12 @@ def test_the_loss_of_names_is_added_to_that_of_answers(made, tmp_path):
         for axis, ids in enumerate(names.ids):
             scores = torch.cat([torch.zeros(4, 64, 1), vectors @ model.get_input_embeddings().weight[ids].T], -1)
             targets = batch["patches"][..., axis]
+            for row, patch in (batch["patches"][..., :2] > 0).all(-1).nonzero().tolist():
+                color, shape = batch["patches"][row, patch, :2].tolist()
+                if axis < 2 and shape <= len(SHAPES):
+                    scores[
+                        row, patch, sorted(never_with(list(COLORS)[color - 1], SHAPES[shape - 1])[axis])
+                    ] = -torch.inf
             has_name = targets != IGNORE
             chosen = scores.log_softmax(-1)[has_name].gather(-1, targets[has_name][:, None])
             expected -= float(chosen.mean())

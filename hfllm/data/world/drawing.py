@@ -210,7 +210,24 @@ def paint(
     return picture
 
 
-def _draw_shape(draw: "ImageDraw", shape: str, x: int, y: int, r: int, shade: Color) -> None:
+# Pixels of a shape in a patch, for the patch to show a part of it.
+LEAST_PART = 3
+
+
+@cache
+def covered(shape: str, spot: Spot, radius: int, patch_size: int) -> frozenset[int]:
+    """Return the numbers of the patches, row by row, that show a part of a shape."""
+    import numpy
+    from PIL import Image, ImageDraw
+
+    mask = Image.new("L", (SIZE, SIZE))
+    _draw_shape(ImageDraw.Draw(mask), shape, *spot, radius, 1)
+    side = SIZE // patch_size
+    pixels = numpy.asarray(mask, dtype=int).reshape(side, patch_size, side, patch_size).sum((1, 3))
+    return frozenset(numpy.flatnonzero(pixels.ravel() >= LEAST_PART).tolist())
+
+
+def _draw_shape(draw: "ImageDraw", shape: str, x: int, y: int, r: int, shade: Color | int) -> None:
     """Draw a shape about (x, y), r pixels to each side."""
     whole = (x - r, y - r, x + r, y + r)
     if shape == "circle":

@@ -272,9 +272,13 @@ PATCH_WORDS = ((*COLORS, WORD), (*SHAPES, *WORDS), ("top", "bottom"), ("left", "
 def patch_names(scene: Scene, patch_size: int) -> list[tuple[str, ...] | None]:
     """Return for each patch, row by row, words of `PATCH_WORDS` about the shape or the word with its center there.
 
-    Two centers are never in one patch of eight pixels or less.
+    Two centers are never in one patch of eight pixels or less. Where a part of one other shape is, its color and shape
+    are returned alone; of parts of two, two empty words.
     """
     names: list[tuple[str, ...] | None] = [None] * (SIZE // patch_size) ** 2
+    for thing in scene.things:
+        for number in drawing.covered(thing.shape, thing.spot, thing.radius, patch_size):
+            names[number] = thing.pair if names[number] is None else ("", "")
     centers = [(thing.spot, thing.pair, thing.corner) for thing in scene.things]
     if scene.word is not None:
         left, top = _word_spot(scene)

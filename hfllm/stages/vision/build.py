@@ -76,7 +76,7 @@ STYLE_EVERY = 2
 CAPTION_EVERY = 4
 # Of the things in all but one of so many images only the shape has a name: where patches are named, and in captions
 # and questions.
-WHOLE_EVERY, WHOLE_ASKED_EVERY = 3, 2
+WHOLE_EVERY, WHOLE_ASKED_EVERY = 2, 2
 
 
 def caption_rows(dataset_name: str, seed: int, count: int) -> DrawnWorld:
