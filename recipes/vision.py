@@ -5,8 +5,8 @@
     hfllm vision --model_name_or_path NAME --dataset_name rows.jsonl --freeze_vision
     accelerate launch recipes/vision.py --model_name_or_path NAME --dataset_name rows.jsonl --use_peft
 
-From nothing: captions first, then questions about colors, shapes, counts, places, relations, written words, and what
-is not in the picture. Rows of your own have pictures in a column `image` or `images`, and a question with its answer
+From nothing: first what is in each patch, then captions, then questions about colors, shapes, counts, places,
+relations, written words, and what is not in the picture. Rows of your own have pictures in a column `image` or `images`, and a question with its answer
 in any format of `hfllm sft`. The report compares answers with those to other rows' pictures. docs/guides/vision.md
 tells more.
 """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hfllm.data.world.pictures import FAMILIES
+from hfllm.data.world.pictures import FAMILIES, STYLES
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "vision.py"
 
@@ -20,14 +20,16 @@ def figures(processes, folder, *flags):
 def test_a_model_learns_to_see_from_nothing(tmp_path, processes):
     found = figures(processes, tmp_path / "out", "--seed", 5)
     families = [f"seen_{family}_right" for family in FAMILIES]
-    # Another CPU's rounding is another seed. Seed 5 gives 0.991, and 1, with 72,000 pictures, 0.972.
+    # Another CPU's rounding is another seed.
     assert len(families) == 7 and found["seen_right"] > 0.9
     assert all(found[name] > 0.75 for name in families if name != "seen_relation_right")
-    # Two lookups are learned last: 0.907 and 0.736 (of 72).
+    # Two lookups are learned last.
     assert found["seen_relation_right"] > 0.55
-    # Color and shape are known apart, and not by heart: 0.962 in all, 0.974 and 0.915 (0.933, 0.933, 0.937).
+    # Color and shape are known apart, and not by heart.
     assert found["held_out_right"] > 0.8
     assert found["held_out_color_right"] > 0.7 and found["held_out_shape_right"] > 0.6
+    # What training has not, one at a time: positions, grounds, patterns, sizes, wordings; and two shapes in one corner.
+    assert all(found[f"{style}_right"] > 0.85 for style in STYLES)
     # With another picture it says what that one shows, and is right as often as who reads it without a fault.
     assert abs(found["shuffled_right"] - found["other_truth_right"]) < 0.05
     assert found["called_absent"] < 0.06
