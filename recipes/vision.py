@@ -6,9 +6,9 @@
     accelerate launch recipes/vision.py --model_name_or_path NAME --dataset_name rows.jsonl --use_peft
 
 From nothing: first what is in each patch, then captions, then questions about colors, shapes, counts, places,
-relations, written words, and what is not in the picture. Rows of your own have pictures in a column `image` or `images`, and a question with its answer
-in any format of `hfllm sft`. The report compares answers with those to other rows' pictures. docs/guides/vision.md
-tells more.
+relations, written words, and what is not in the picture. Rows of your own have pictures in a column `image` or
+`images`, and a question with its answer in any format of `hfllm sft`. The report compares answers with those to other
+rows' pictures. docs/guides/vision.md tells more.
 """
 
 from collections.abc import Sequence
@@ -91,7 +91,8 @@ def main(script_args: VisionArguments, training_args: "SFTConfig", model_args: "
         )
         patches = vision.patch_rows(dataset_name, seed, script_args.num_patch_pictures)
         rows = vision.JoinedRows(patches, captions, questions)
-        trainer = vision.new_trainer(model, processor, rows, stage.training_args, script_args.use_muon)
+        is_named = script_args.num_patch_pictures > 0
+        trainer = vision.new_trainer(model, processor, rows, stage.training_args, script_args.use_muon, is_named)
     use_plain_lines(trainer)
     train(trainer, stage.checkpoint, stage.identity)
     trainer.save_model()

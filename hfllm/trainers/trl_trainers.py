@@ -583,8 +583,8 @@ class PictureTrainer(Trainer):
         inputs = {name: value for name, value in inputs.items() if name != "patches"}
         is_learned = (labels != IGNORE).any(0)
         if targets is not None and not is_learned.any():
-            vectors = self._vectors(model, inputs)
-            return self._loss_of_names(vectors, targets)
+            loss = self._loss_of_names(self._vectors(model, inputs), targets)
+            return (loss, {}) if return_outputs else loss
         begin = int(is_learned.nonzero()[0])
         inputs = {**inputs, "logits_to_keep": labels.shape[1] - begin + 1, "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)

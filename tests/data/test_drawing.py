@@ -320,4 +320,7 @@ def test_captions_and_questions_are_of_different_images():
     captioned = {row.picture.tobytes() for row in caption_rows("pictures", 7, 100)}
     assert not captioned & {row.picture.tobytes() for row in question_rows("pictures", 7, 100, 2)}
     assert caption_rows("pictures", 7, 2).kind == CAPTIONS
+    # Either caption comes first, also where things have colors.
+    firsts = [row.turns[0][0] for row in caption_rows("pictures", 7, 40) if len(row.turns) == 2]
+    assert len({*firsts}) == 2 and len({firsts.count(each) for each in firsts}) == 1
     assert OTHER_PATTERNS in STYLES

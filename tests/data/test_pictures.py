@@ -10,6 +10,8 @@ import pytest
 from hfllm.data.world.drawing import distance
 from hfllm.data.world.pictures import (
     ABSENT,
+    ASK_COLORS,
+    ASK_SHAPES,
     COLORS,
     COUNTS,
     FAMILIES,
@@ -218,7 +220,9 @@ def test_some_images_to_name_show_shapes_in_shades_of_no_color():
             assert bool(thing.color) == is_whole and (thing.pair in SEEN) == is_whole
             shade = row.picture.getpixel(thing.spot)
             if not is_whole and thing.shape != "frame":
-                assert min(distance(shade, color) for color in COLORS.values()) >= UNLIKE
+                lights = (0.8, 0.87, 0.94, 1, 1.08)
+                shades = [[part * light for part in color] for color in COLORS.values() for light in lights]
+                assert min(distance(shade, each) for each in shades) > UNLIKE - 6
                 shapes[thing.shape] += 1
         whole += is_whole
         assert row.turns == ()
@@ -226,6 +230,10 @@ def test_some_images_to_name_show_shapes_in_shades_of_no_color():
     # Without it all are whole, and questions about the others are about their shapes and places.
     assert all(thing.color for row in DrawnWorld(3, 30, PATCHES) for thing in row.scene.things)
     asked = [row for row in DrawnWorld(3, 200, num_questions=2, whole_every=2, caption_every=4)]
+    requests = [[question for question, _ in row.turns] for row in asked]
+    # A quarter of both kinds has captions.
+    assert [ASK_SHAPES in each for each in requests] == [number // 2 % 4 == 0 for number in range(200)]
+    assert sum(ASK_COLORS in each for each in requests[1::2]) == 25
     for number, row in enumerate(asked):
         if number % 2 == 0:
             assert not {word for turn in row.turns for word in re.findall(r"\w+", " ".join(turn))} & {*COLORS}

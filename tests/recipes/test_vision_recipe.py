@@ -284,6 +284,7 @@ def test_fine_tuning_on_text_refuses_rows_with_pictures(saved, tmp_path):
         (["--freeze_text"], "--freeze_text cannot be used here"),
         (["--packing"], "--packing cannot be used here"),
         (["--patch_size", "5"], "a divisor of the pictures' side, 32"),
+        (["--patch_size", "16"], "--patch_size 16: with --num_patch_pictures expected at most 8"),
         (["--questions_per_picture", "0"], "expected 1 to 16"),
         (["--dataset_name", "digits", "--num_patch_pictures", "8"], "digits have no patches of their own"),
         (["--share_absent", "1"], "expected at least 0, and at most 0.999"),

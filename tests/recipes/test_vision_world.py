@@ -28,7 +28,7 @@ def test_a_model_learns_to_see_from_nothing(tmp_path, processes):
     # Color and shape are known apart, and not by heart.
     assert found["held_out_right"] > 0.8
     assert found["held_out_color_right"] > 0.7 and found["held_out_shape_right"] > 0.6
-    # What training has not, one at a time: positions, grounds, patterns, sizes, wordings; and two shapes in one corner.
+    # What training has not, one at a time: positions, grounds, patterns, sizes, wordings; and two shapes in a corner.
     assert all(found[f"{style}_right"] > 0.85 for style in STYLES)
     # With another picture it says what that one shows, and is right as often as who reads it without a fault.
     assert abs(found["shuffled_right"] - found["other_truth_right"]) < 0.05

@@ -160,7 +160,8 @@ def test_a_patch_is_named_by_what_has_its_center_there(made):
     named = {number: name for number, name in enumerate(patch_names(scene, 8)) if name}
     places = ("top", "left"), ("bottom", "right"), ("top", "right")
     centers = {5: ("red", "bar", *places[0]), 15: ("navy", "frame", *places[1]), 3: ("word", "go", *places[2])}
-    assert named == {**centers, 4: ("red", "bar"), 14: ("navy", "frame")}
+    parts = {4: ("red", "bar"), 14: ("navy", "frame"), 2: ("word", "go"), 6: ("word", "go"), 7: ("word", "go")}
+    assert named == {**centers, **parts}
     numbers = PatchNames(made[1].tokenizer, 8)(scene)
     red, bar = 1 + list(COLORS).index("red"), 1 + SHAPES.index("bar")
     # A part has no corner.

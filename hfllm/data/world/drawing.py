@@ -35,8 +35,8 @@ WORD_SIZE = (12, 11)
 PLAIN, GRADIENT, ROWS, COLUMNS, GRAIN = PATTERNS = ("plain", "gradient", "rows", "columns", "grain")
 HELD_OUT_PATTERNS = ("checks", "diagonals")
 TRAINED_PATTERNS = (PLAIN, PLAIN, *PATTERNS)
-# Share of plain grounds that are dark and gray: those are learned first.
-SHARE_DARK = 0.35
+# Share of plain grounds that are dark and gray, between these levels: those are learned first.
+SHARE_DARK, DARK = 0.35, (5, 45)
 # Distance of the ground's color to any shape's at least, and levels of each channel in the cube's cells.
 CONTRAST, LEVELS = 70, 4
 Color = tuple[int, int, int]
@@ -138,7 +138,7 @@ def draw_ground(rng: random.Random, pattern: str, shades: Sequence[Color], held_
 
     is_dark = pattern == PLAIN and not held_out and rng.random() < SHARE_DARK
     while True:
-        color = (rng.randint(5, 45),) * 3 if is_dark else tuple(rng.randint(0, 255) for _ in range(3))
+        color = (rng.randint(*DARK),) * 3 if is_dark else tuple(rng.randint(0, 255) for _ in range(3))
         step = 0 if pattern == PLAIN else rng.choice((-1, 1)) * rng.randint(12, 30)
         if pattern == PLAIN and is_held_out_color(color) != held_out:
             continue
@@ -225,6 +225,14 @@ def covered(shape: str, spot: Spot, radius: int, patch_size: int) -> frozenset[i
     side = SIZE // patch_size
     pixels = numpy.asarray(mask, dtype=int).reshape(side, patch_size, side, patch_size).sum((1, 3))
     return frozenset(numpy.flatnonzero(pixels.ravel() >= LEAST_PART).tolist())
+
+
+@cache
+def covered_by_word(spot: Spot, patch_size: int) -> frozenset[int]:
+    """Return the numbers of the patches, row by row, that show a part of the word that begins at a pixel."""
+    spans = [range(start, start + size) for start, size in zip(spot, WORD_SIZE, strict=True)]
+    pixels = [x // patch_size + y // patch_size * (SIZE // patch_size) for x in spans[0] for y in spans[1]]
+    return frozenset(number for number in pixels if pixels.count(number) >= LEAST_PART)
 
 
 def _draw_shape(draw: "ImageDraw", shape: str, x: int, y: int, r: int, shade: Color | int) -> None:

@@ -72,8 +72,8 @@ ASK_COUNT, ASK_WORD = WORDINGS[COUNT].trained[0], WORDINGS[TEXT].trained[0]
 NUMBERS, SHARE_OF_WORDS = (1, 2, 2, 3), 0.3
 # In training: among three things a look at random is right less often.
 TRAINED_NUMBERS = (1, 2, 3, 3)
-# Distance of a shade without a name to any color at least.
-UNLIKE = 60
+# How light a color is drawn, times its own shade; and the distance of a shade without a name to any of these at least.
+LIGHTS, UNLIKE = (0.8, 1.08), 60
 # Share of questions in the usual wording; the others have one of the rest.
 SHARE_USUAL = 0.4
 
@@ -272,13 +272,18 @@ PATCH_WORDS = ((*COLORS, WORD), (*SHAPES, *WORDS), ("top", "bottom"), ("left", "
 def patch_names(scene: Scene, patch_size: int) -> list[tuple[str, ...] | None]:
     """Return for each patch, row by row, words of `PATCH_WORDS` about the shape or the word with its center there.
 
-    Two centers are never in one patch of eight pixels or less. Where a part of one other shape is, its color and shape
-    are returned alone; of parts of two, two empty words.
+    Two centers are never in one patch of eight pixels or less. Where a part of another shape or word is, its names are
+    returned without the corner; of parts of two, two empty words.
     """
     names: list[tuple[str, ...] | None] = [None] * (SIZE // patch_size) ** 2
-    for thing in scene.things:
-        for number in drawing.covered(thing.shape, thing.spot, thing.radius, patch_size):
-            names[number] = thing.pair if names[number] is None else ("", "")
+    parts = [
+        (thing.pair, drawing.covered(thing.shape, thing.spot, thing.radius, patch_size)) for thing in scene.things
+    ]
+    if scene.word is not None:
+        parts.append(((WORD, scene.word), drawing.covered_by_word(_word_spot(scene), patch_size)))
+    for name, numbers in parts:
+        for number in numbers:
+            names[number] = name if names[number] is None else ("", "")
     centers = [(thing.spot, thing.pair, thing.corner) for thing in scene.things]
     if scene.word is not None:
         left, top = _word_spot(scene)
@@ -459,7 +464,7 @@ def answer_about(scene: Scene, text: str) -> str:
 
 def draw_picture(scene: Scene, rng: random.Random, style: Style = TRAINED_STYLE) -> "Image":
     """Return the image of a scene, (SIZE, SIZE) in RGB, with shades and the ground drawn by `rng`."""
-    shades = [_shade(COLORS[thing.color], rng) if thing.color else _no_color(rng) for thing in scene.things]
+    shades = [_shade(COLORS[thing.color], rng) if thing.color else rng.choice(_no_colors()) for thing in scene.things]
     gray = (130 + rng.randint(-20, 30),) * 3
     visible = shades if scene.word is None else [*shades, gray]
     ground = drawing.draw_ground(rng, rng.choice(style.patterns), visible, style.has_other_grounds)
@@ -468,16 +473,23 @@ def draw_picture(scene: Scene, rng: random.Random, style: Style = TRAINED_STYLE)
 
 
 def _shade(color: drawing.Color, rng: random.Random) -> drawing.Color:
-    light = rng.uniform(0.8, 1.08)
+    light = rng.uniform(*LIGHTS)
     return tuple(min(255, max(0, int(part * light) + rng.randint(-12, 12))) for part in color)
 
 
-def _no_color(rng: random.Random) -> drawing.Color:
-    """Return a shade that is none of the colors'."""
-    while True:
-        shade = tuple(rng.randint(0, 255) for _ in range(3))
-        if all(drawing.distance(shade, color) >= UNLIKE for color in COLORS.values()):
-            return shade
+@cache
+def _no_colors() -> tuple[drawing.Color, ...]:
+    """Return shades that are none of the colors', however light `_shade` makes these, and are seen on dark grounds."""
+    import numpy
+
+    levels = numpy.arange(0, 256, 6)
+    shades = numpy.stack(numpy.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    colors = [numpy.array(color) * light for color in COLORS.values() for light in numpy.linspace(*LIGHTS, 8)]
+    grays = [numpy.full(3, level) for level in drawing.DARK]
+    is_other = numpy.ones(len(shades), bool)
+    for shade, least in [*((each, UNLIKE) for each in colors), *((each, drawing.CONTRAST) for each in grays)]:
+        is_other &= numpy.linalg.norm(shades - shade, axis=1) >= least
+    return tuple(map(tuple, shades[is_other].tolist()))
 
 
 # ---- many of them ----
@@ -595,7 +607,7 @@ def _row(picture: "Image", questions: Sequence[Question]) -> PictureRow:
 
 
 class DrawnWorld(Sequence[PictureRow]):
-    """Rows of the drawn world: captions, or questions.
+    """Rows of the drawn world: images to name, captions, or questions.
 
     Args:
         seed: of the images.
@@ -606,7 +618,8 @@ class DrawnWorld(Sequence[PictureRow]):
         part: the stream of images; captions and questions for training are of different ones.
         caption_every: one in so many rows of questions has both captions before them; 0 gives none.
         whole_every: of the things in all but one of so many images only the shape has a name: what shape something
-            is, is then learned without its color. Nothing absent is asked for there. 1 gives none.
+            is, is then learned without its color. Colors, shapes and absent things are not asked for there, so that
+            `families` must have others. 1 gives none.
         families: of questions, see `draw_example`.
         numbers: of things, likewise.
         style: of images and questions, likewise.
@@ -648,10 +661,11 @@ class DrawnWorld(Sequence[PictureRow]):
         turns = captions(example.scene)
         if self.kind == QUESTIONS:
             row = replace(_row(example.picture, example.questions), scene=example.scene)
-            has_captions = self.caption_every and number % self.caption_every == 0
+            has_captions = self.caption_every and number // self.whole_every % self.caption_every == 0
             return replace(row, turns=turns + row.turns) if has_captions else row
         # Either may come first, so that neither is learned only from the other.
-        return PictureRow(example.picture, turns[:: 1 if number % 2 else -1], scene=example.scene)
+        is_turned = number // self.whole_every % 2
+        return PictureRow(example.picture, turns[:: -1 if is_turned else 1], scene=example.scene)
 
     def texts(self) -> list[str]:
         """Return the questions and answers of a sample of rows, for a tokenizer."""

@@ -299,17 +299,20 @@ def new_trainer(
     rows: Sequence[PictureRow],
     args: "SFTConfig",
     use_muon: bool,
+    names_patches: bool = True,
 ) -> PictureTrainer:
     """Return the trainer of a model built here.
 
     Args:
         args: the trainer's.
         use_muon: learn the matrices of the layers by Muon.
+        names_patches: learn the names of what is in patches too, of rows with scenes, unless the engine splits the
+            embeddings that they are named by.
     """
     args, tower = changed(args, remove_unused_columns=False), model.config.vision_config
     pieces = (tower.image_size // tower.patch_size) ** 2
     tokens = TurnTokens(processor, processor.image_token_id, pieces, args.max_length)
-    has_names = rows[0].scene is not None and not shards_parameters(args)
+    has_names = names_patches and rows[0].scene is not None and not shards_parameters(args)
     names = PatchNames(processor.tokenizer, tower.patch_size) if has_names else None
     optimizer = optimizer_of(use_muon, args)
     return PictureTrainer(rows, tokens, processor, names, model=model, args=args, optimizer_cls_and_kwargs=optimizer)

@@ -28,6 +28,8 @@ DRAWN_ROWS = OWN_ROWS.absent("it is for rows of your own, and these are drawn")
 NO_PPO = Fact(lambda flags: flags.num_rl_prompts == 0, "it is for PPO, which --num_rl_prompts adds")
 # The largest share of questions about absent things: beyond some share nothing else would be learned.
 MOST_ABSENT = 0.999
+# The largest patches of drawn pictures that hold one center of a shape at most, in pixels.
+LARGEST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
     )
     num_patch_pictures: int = flag(
         0,
-        "Pictures that only the tower learns from, before any caption: it names what is in each patch.",
+        "Pictures in whose patches the tower names what is there, before any caption, and beside answers too; 0 names "
+        "nothing.",
         takes=at_least(0),
         never=(MODEL_NAMED, Fact(lambda flags: flags.dataset_name == DIGITS, "digits have no patches of their own")),
     )
@@ -68,9 +71,9 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
     )
     share_absent: float | None = flag(
         None,
-        "Share of questions about what is not there among those that are drawn, in training; by default 5 "
-        "of 23. About half as many more remain, since what a picture does not allow is drawn again. Few of them "
-        "leave PPO something to teach.",
+        "Share of questions about what is not there among those that are drawn for pictures with colors, half of "
+        "all, in training; by default 5 of 23. About half as many more remain, since what a picture does not allow is "
+        "drawn again. Few of them leave PPO something to teach.",
         takes=Range(f"at least 0, and at most {MOST_ABSENT}", lambda value: 0 <= value <= MOST_ABSENT),
         never=(
             OWN_ROWS,
@@ -162,3 +165,8 @@ def check(script_args: VisionArguments, training_args: "SFTConfig", model_args: 
     side, patch = picture_side(script_args.dataset_name), script_args.patch_size
     if side is not None and (patch < 1 or side % patch):
         raise InputError(f"--patch_size {patch}: expected a divisor of the pictures' side, {side}")
+    if script_args.num_patch_pictures and patch > LARGEST_NAMED:
+        raise InputError(
+            f"--patch_size {patch}: with --num_patch_pictures expected at most {LARGEST_NAMED}, since larger ones may "
+            "hold the centers of two shapes"
+        )
