@@ -231,9 +231,11 @@ def test_some_images_to_name_show_shapes_in_shades_of_no_color():
     assert all(thing.color for row in DrawnWorld(3, 30, PATCHES) for thing in row.scene.things)
     asked = [row for row in DrawnWorld(3, 200, num_questions=2, whole_every=2, caption_every=4)]
     requests = [[question for question, _ in row.turns] for row in asked]
-    # A quarter of both kinds has captions.
-    assert [ASK_SHAPES in each for each in requests] == [number // 2 % 4 == 0 for number in range(200)]
-    assert sum(ASK_COLORS in each for each in requests[1::2]) == 25
+    # A quarter of the others has captions, of whole ones none; without this kind a quarter of all.
+    assert [ASK_SHAPES in each for each in requests] == [number % 8 == 0 for number in range(200)]
+    assert not any(ASK_COLORS in each for each in requests[1::2])
+    plain = [[question for question, _ in row.turns] for row in DrawnWorld(3, 40, num_questions=2, caption_every=4)]
+    assert [ASK_SHAPES in each for each in plain] == [number % 4 == 0 for number in range(40)]
     for number, row in enumerate(asked):
         if number % 2 == 0:
             assert not {word for turn in row.turns for word in re.findall(r"\w+", " ".join(turn))} & {*COLORS}

@@ -616,7 +616,9 @@ class DrawnWorld(Sequence[PictureRow]):
         num_questions: turns of a row of questions.
         held_out: whether all are about held-out pairs of color and shape.
         part: the stream of images; captions and questions for training are of different ones.
-        caption_every: one in so many rows of questions has both captions before them; 0 gives none.
+        caption_every: one in so many rows of questions has both captions before them; 0 gives none. With
+            `whole_every` only rows whose things have no color: the longer captions of the others would take the room
+            of most of their questions.
         whole_every: of the things in all but one of so many images only the shape has a name: what shape something
             is, is then learned without its color. Colors, shapes and absent things are not asked for there, so that
             `families` must have others. 1 gives none.
@@ -661,7 +663,8 @@ class DrawnWorld(Sequence[PictureRow]):
         turns = captions(example.scene)
         if self.kind == QUESTIONS:
             row = replace(_row(example.picture, example.questions), scene=example.scene)
-            has_captions = self.caption_every and number // self.whole_every % self.caption_every == 0
+            may_have = is_apart or self.whole_every == 1
+            has_captions = self.caption_every and may_have and number // self.whole_every % self.caption_every == 0
             return replace(row, turns=turns + row.turns) if has_captions else row
         # Either may come first, so that neither is learned only from the other.
         is_turned = number // self.whole_every % 2

@@ -72,8 +72,8 @@ EVAL_SEED = 777
 PRIOR = 20
 # Number of questions of a part per question of each part with one held-out property.
 STYLE_EVERY = 2
-# One in this many images with questions has captions, too.
-CAPTION_EVERY = 4
+# One in this many images whose things have no color has captions beside its questions.
+CAPTION_EVERY = 2
 # Of the things in all but one of so many images only the shape has a name: where patches are named, and in captions
 # and questions.
 WHOLE_EVERY, WHOLE_ASKED_EVERY = 2, 2
