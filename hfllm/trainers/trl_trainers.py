@@ -387,6 +387,13 @@ class TurnTokens:
         self._between, self._end = self._ids(between), self._ids(end)
         self.turn = lru_cache(KEPT_TURNS)(self._turn)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A process that draws rows ahead has a cache of its own.
+        return {name: value for name, value in self.__dict__.items() if name != "turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, turn=lru_cache(KEPT_TURNS)(self._turn))
+
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -594,13 +601,13 @@ class PictureTrainer(Trainer):
 
     def _vectors(self, model: nn.Module, inputs: Mapping[str, Any]) -> Sequence[torch.Tensor]:
         """Return the vectors of the images, without the decoder where no wrapper of several processes needs it."""
-        if model is self.accelerator.unwrap_model(model):
+        if model is self.model:
             return model.model.get_image_features(inputs["pixel_values"]).pooler_output
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         return model(**inputs, logits_to_keep=1, use_cache=False).image_outputs.pooler_output
 
     def _loss_of_names(self, vectors: Sequence[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
-        embeddings = self.accelerator.unwrap_model(self.model).get_input_embeddings().weight
+        embeddings = self.model.get_input_embeddings().weight
         loss = self.names.loss(torch.cat(tuple(vectors)), embeddings, targets)
         return loss / self.args.gradient_accumulation_steps
 

@@ -1,6 +1,7 @@
 """The short way from drawn rows to a batch gives what the processor gives: the same tokens, the same pixels."""
 
 import math
+import pickle
 
 import numpy
 import pytest
@@ -53,6 +54,16 @@ def made():
 def collator(processor):
     images = processor.image_processor
     return PictureCollator(processor.tokenizer.pad_token_id, images.image_mean, images.image_std)
+
+
+def test_rows_are_the_same_in_a_process_of_their_own(made):
+    processor = made[1]
+    tokens = TurnTokens(processor, processor.image_token_id, 64)
+    rows = TokenizedPictures(DrawnWorld(3, 4, num_questions=3), tokens, PatchNames(processor.tokenizer, 8))
+    # So they travel where processes are not forked.
+    there = pickle.loads(pickle.dumps(rows))
+    for ours, theirs in zip(rows, there, strict=True):
+        assert ours.pop("pixels").tolist() == theirs.pop("pixels").tolist() and ours == theirs
 
 
 @pytest.mark.parametrize("kind", ["questions", CAPTIONS])
