@@ -42,7 +42,7 @@ LABELS = {
     "calls_not_needed": "calls where none is needed",
     "right": "right answers",
     "solutions_right": "right answers, of answers alone to solutions",
-    "shuffled_right": "right answers, PPO by shuffled rewards",
+    "shuffled_right": "right answers, the shuffled control",
     "right_needed": "right where a tool is needed",
     "known_facts_lost": "known facts lost to a model without tools",
     "learning_rate": "learning rate",
