@@ -134,8 +134,9 @@ def test_rows_of_your_own_on_a_model_of_your_own(drawn, tmp_path):
 def test_drawn_pictures_on_a_model_of_your_own(drawn, tmp_path):
     flags = ["--model_name_or_path", drawn[0], *SHORT, "--num_examples", "6", "--max_steps", "1"]
     metrics = run(tmp_path / "out", *flags, "--max_new_tokens", "4")
-    # Each of the four questions about a picture, and of every third the two captions, is a row of its own.
-    assert metrics["train_rows"] == 28 and metrics["seen_right_n"] == 12
+    # Each of the four questions about a picture is a row of its own, and so are the captions of the first and the
+    # fifth: one of shapes, and another of colors where a word is.
+    assert metrics["train_rows"] == 6 * 4 + 1 + 2 and metrics["seen_right_n"] == 12
     with pytest.raises(InputError, match="--patch_size cannot be used here"):
         run(tmp_path / "other", *flags, "--patch_size", "8")
 
@@ -187,7 +188,8 @@ def test_answers_alone_are_learned_one_row_for_each(drawn, tmp_path):
             mix = (script_args.num_examples, script_args.questions_per_picture, script_args.share_absent)
             rows = drawn_rows(question_rows("pictures", 0, *mix))
             said = [row["completion"][0]["content"][0]["text"] for row in rows]
-            assert len(rows) == 10
+            # One caption of shapes beside the questions of the first.
+            assert len(rows) == 2 * 4 + 1
         else:
             rows, held_out = own_rows(script_args.row_sources, script_args.image_reading(), 0, 256)
             assert len(rows) == 6 and [each.answer for each in held_out] == ["one"]
