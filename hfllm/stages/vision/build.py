@@ -74,14 +74,13 @@ PRIOR = 20
 STYLE_EVERY = 2
 # One in this many images whose things have no color has captions beside its questions.
 CAPTION_EVERY = 2
-# Of the things in all but one of so many images only the shape has a name: where patches are named, and in captions
-# and questions.
-WHOLE_EVERY, WHOLE_ASKED_EVERY = 2, 2
+# Of the things in all but one of so many training images only the shape has a name.
+WHOLE_EVERY = 2
 
 
 def caption_rows(dataset_name: str, seed: int, count: int) -> DrawnWorld:
     """Return the captions to learn first; digits have none."""
-    return DrawnWorld(seed, count if dataset_name == PICTURES else 0, CAPTIONS, whole_every=WHOLE_ASKED_EVERY)
+    return DrawnWorld(seed, count if dataset_name == PICTURES else 0, CAPTIONS, whole_every=WHOLE_EVERY)
 
 
 def patch_rows(dataset_name: str, seed: int, count: int) -> DrawnWorld:
@@ -106,7 +105,7 @@ def question_rows(
     # Captions continue: with only answers about single things, colors and shapes are learned much later.
     families = trained_families(share_absent)
     mix = {"caption_every": CAPTION_EVERY, "families": families, "numbers": TRAINED_NUMBERS}
-    return DrawnWorld(seed, count, QUESTIONS, questions_per_picture, whole_every=WHOLE_ASKED_EVERY, **mix)
+    return DrawnWorld(seed, count, QUESTIONS, questions_per_picture, whole_every=WHOLE_EVERY, **mix)
 
 
 def eval_parts(dataset_name: str, count: int) -> dict[str, list[Asked]]:

@@ -71,7 +71,7 @@ class VisionArguments(RowArguments, FreezingArguments, PictureArguments):
     )
     share_absent: float | None = flag(
         None,
-        "Share of questions about what is not there among those that are drawn for pictures with colors, half of "
+        "Share of questions about absent things among those that are drawn for pictures with colors, half of "
         "all, in training; by default 5 of 23. About half as many more remain, since what a picture does not allow is "
         "drawn again. Few of them leave PPO something to teach.",
         takes=Range(f"at least 0, and at most {MOST_ABSENT}", lambda value: 0 <= value <= MOST_ABSENT),
