@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from hfllm.data.formats import BadRow, Message, as_messages, flaw_of_prompt, prompt_of
 from hfllm.data.images.rows import without_images
@@ -19,9 +18,6 @@ from hfllm.stages.courses import longest_of, refuse_own_inputs_in, room_of, say_
 from hfllm.stages.reason.build import SAMPLES, TITLES, histories_of, ppo_plots
 from hfllm.stages.reason.flags import DIRECT, RL, SHUFFLED, THOUGHTS, Course, ReasonArguments
 from hfllm.stages.shared import load_speaking, user_rows
-
-if TYPE_CHECKING:
-    pass
 
 STAGE = "hfllm reason"
 # What stands before the final answer, as in gsm8k.
