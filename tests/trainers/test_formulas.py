@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hfllm.trainers.ppo import formulas
 
@@ -28,6 +30,70 @@ def test_gae_is_the_brute_force_sum(gamma, lam):
             torch.testing.assert_close(advantages[row, t], torch.as_tensor(expected, dtype=torch.float64))
     torch.testing.assert_close(returns, (advantages + values) * mask)
     assert (advantages[mask == 0] == 0).all()
+
+
+def looped(deltas, discount):
+    """The discounted sum of a row's deltas, from the last to the first."""
+    total, sums = 0.0, []
+    for delta in reversed(deltas):
+        total = delta + discount * total
+        sums.insert(0, total)
+    return sums
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    chosen=st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    gamma=st.sampled_from([1.0, 0.9]),
+    lam=st.sampled_from([0.0, 0.8, 1.0, None]),
+    alpha=st.sampled_from([0.05, 0.5, 3.0]),
+    value_lam=st.sampled_from([None, 0.0, 0.7, 1.0]),
+)
+def test_lambdas_of_their_own_for_returns_and_lengths(chosen, seed, gamma, lam, alpha, value_lam):
+    """Against a loop over the tokens of the policy alone: tools write between them, and padding follows."""
+    mask = torch.tensor(chosen, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = (torch.randn(mask.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    of_rows = formulas.length_adaptive_lam(mask, alpha) if lam is None else lam
+    found = formulas.generalized_advantages(rewards, values, mask, gamma, of_rows, value_lam)
+    for row, is_chosen in enumerate(mask > 0):
+        reward, value = rewards[row, is_chosen].tolist(), values[row, is_chosen].tolist()
+        own = max(0.0, 1 - 1 / (alpha * len(value))) if lam is None and value else lam or 0.0
+        deltas = [r + gamma * after - v for r, v, after in zip(reward, value, [*value[1:], 0.0], strict=False)]
+        earned = looped(deltas, gamma * (own if value_lam is None else value_lam))
+        expected = [looped(deltas, gamma * own), [e + v for e, v in zip(earned, value, strict=True)]]
+        for result, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(result[row, is_chosen], torch.tensor(right, dtype=torch.float64))
+            assert (result[row, ~is_chosen] == 0).all()
+
+
+def test_at_neutral_settings_the_bits_are_those_of_one_lambda():
+    rewards, values, mask, _ = random_batch()
+    one = formulas.generalized_advantages(rewards, values, mask, 0.99, 0.95)
+    both = formulas.generalized_advantages(rewards, values, mask, 0.99, 0.95, 0.95)
+    assert all(torch.equal(each, other) for each, other in zip(one, both, strict=True))
+    old, new = values, rewards
+    plain = formulas.policy_loss(new, old, values, mask, 0.2, 3.0)
+    same = formulas.policy_loss(new, old, values, mask, 0.2, 3.0, 0.2)
+    assert all(torch.equal(each, other) for each, other in zip(plain, same, strict=True))
+
+
+def test_lambda_by_length_looks_over_a_share_of_the_response():
+    mask = (torch.arange(500) < torch.tensor([[10], [100], [500]])).double()
+    lam = formulas.length_adaptive_lam(mask, 0.05)
+    torch.testing.assert_close(lam, torch.tensor([0.0, 0.8, 0.96], dtype=torch.float64))
+    # The weights of all later tokens add up to that share: 5 and 25 tokens.
+    torch.testing.assert_close(1 / (1 - lam[1:]), torch.tensor([5.0, 25.0], dtype=torch.float64))
+
+
+def test_the_upper_clip_lets_good_tokens_rise_further_and_bad_ones_no_less():
+    old, mask = torch.zeros(1, 3), torch.ones(1, 3)
+    new, advantages = torch.tensor([[1.26, 1.26, 0.5]]).log(), torch.tensor([[1.0, -1.0, 1.0]])
+    loss, clipped = formulas.policy_loss(new, old, advantages, mask, 0.2)
+    higher, unclipped = formulas.policy_loss(new, old, advantages, mask, 0.2, cliprange_high=0.28)
+    assert (loss.item(), clipped.item()) == (pytest.approx(-(1.2 - 1.26 + 0.5)), 1)
+    assert (higher.item(), unclipped.item()) == (pytest.approx(-(1.26 - 1.26 + 0.5)), 0)
 
 
 def test_with_lambda_one_the_advantage_is_return_minus_value():

@@ -344,7 +344,7 @@ def test_the_pretraining_term_is_the_language_modeling_loss(make_trainer, prompt
 
 
 def test_the_loss_is_its_formula(make_trainer, prompts):
-    trainer = make_trainer(vf_coef=0.3, dual_clip=1.5, cliprange=0.2, cliprange_value=0.1)
+    trainer = make_trainer(vf_coef=0.3, dual_clip=1.5, cliprange=0.2, cliprange_high=0.3, cliprange_value=0.1)
     torch.nn.init.normal_(trainer.actor.value_head.weight)
     batch = trainer.collect_rollout(rows_of(prompts, 4)).micro_batch(0, 0, 4)
     # As if by another policy and critic: further than all three clips.
@@ -357,7 +357,7 @@ def test_the_loss_is_its_formula(make_trainer, prompts):
         ratio = (logprobs - batch["logprobs"])[row, step].exp().item()
         advantage, value = batch["advantages"][row, step].item(), values[row, step].item()
         old, target = batch["values"][row, step].item(), batch["returns"][row, step].item()
-        gain = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+        gain = min(ratio * advantage, min(max(ratio, 0.8), 1.3) * advantage)
         bounded += advantage < 0 and gain < 1.5 * advantage
         gain = max(gain, 1.5 * advantage) if advantage < 0 else gain
         error = max((value - target) ** 2, (min(max(value, old - 0.1), old + 0.1) - target) ** 2)
@@ -378,6 +378,25 @@ def test_whitened_rewards_have_unit_variance_and_keep_their_mean(make_trainer, p
     expected = (plain - plain.mean()) / plain.std() + plain.mean()
     torch.testing.assert_close(rewards_of(whiten_rewards=True), expected, atol=1e-4, rtol=1e-4)
     assert (expected - plain).abs().max() > 0.1
+
+
+def test_the_critic_learns_by_a_lambda_of_its_own(make_trainer, prompts):
+    def rollout_of(**kwargs):
+        trainer = make_trainer(kl_coef=0.0, whiten_advantages=False, **kwargs)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(trainer.actor.value_head.weight)
+        torch.manual_seed(0)
+        return trainer.collect_rollout(rows_of(prompts, 4))
+
+    plain, own = rollout_of(), rollout_of(value_lam=1.0)
+    torch.testing.assert_close(own.advantages, plain.advantages)
+    # Without discount and KL the return of every token is what the response earned.
+    earned = own.returns[:, :1].expand_as(own.returns) * own.response_mask
+    torch.testing.assert_close(own.returns, earned, atol=1e-5, rtol=1e-5)
+    assert (plain.returns - own.returns).abs().max() > 1e-3
+    by_length = rollout_of(lam_alpha=0.5)
+    assert (by_length.advantages - plain.advantages).abs().max() > 1e-3
+    torch.testing.assert_close(by_length.returns, (by_length.advantages + plain.values) * plain.response_mask)
 
 
 def test_the_dual_clip_bounds_what_a_bad_token_can_do():
@@ -731,6 +750,8 @@ def test_completions_are_kept_as_parquet_and_shown(make_trainer, prompts, tmp_pa
         ({"max_tokens_per_pass": 0}, "max_tokens_per_pass must be at least 1"),
         ({"kl_coef": 0.0, "kl_target": 6.0}, "kl_target=6.0 steers kl_coef, which is 0"),
         ({"cliprange_value": -0.1}, "cliprange_value must not be negative"),
+        ({"value_lam": 1.5}, "value_lam must lie in"),
+        ({"lam_alpha": 0.05, "lam": 0.9}, "lam_alpha=0.05 takes lambda from the length: leave out lam=0.9"),
         ({"generation_kwargs": {"topk": 5}}, "generation_kwargs has an unknown 'topk'; did you mean 'top_k'"),
     ],
 )

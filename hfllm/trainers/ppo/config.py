@@ -7,7 +7,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
 from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, changed, check_arguments, flag
-from hfllm.trainers.ppo.options import PPOOptions
+from hfllm.trainers.ppo.options import LAM, PPOOptions
 
 # ---- arguments ----
 
@@ -51,6 +51,8 @@ class PPOConfig(PPOOptions, TrainingArguments):
                 f"num_generations={self.num_generations} must divide the {self.local_rollout_batch_size} episodes "
                 "that a process samples for a rollout"
             )
+        if self.lam_alpha is not None and self.lam != LAM:
+            raise ValueError(f"lam_alpha={self.lam_alpha} takes lambda from the length: leave out lam={self.lam}")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(f"kl_target={self.kl_target} steers kl_coef, which is 0: give it a value to start from")
         if self.target_kl is not None and self.fp16:

@@ -5,7 +5,8 @@ tokens of an environment and on padding, without an effect on any result.
 
 Sources: [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438. [RLHF] Ziegler
 et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155. [KL] Schulman 2020, "Approximating KL
-divergence", joschu.net/blog/kl-approx.html.
+divergence", joschu.net/blog/kl-approx.html. [VC-PPO] Yuan et al. 2025, arXiv:2503.01491. [VAPO] Yue et al. 2025,
+arXiv:2504.05118. [DAPO] Yu et al. 2025, arXiv:2503.14476.
 """
 
 import math
@@ -71,35 +72,65 @@ def token_rewards(
 
 
 def generalized_advantages(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    gamma: float,
+    lam: float | torch.Tensor,
+    value_lam: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return advantages and returns, each (B, T): A_t = sum_k (gamma * lam)^k delta_{t+k} ([GAE] equation 16).
 
     delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the last chosen token; returns are A + V. Time counts chosen
-    tokens: tokens of an environment between two of them are cut out, so t + 1 is the next one. The sum is one product
-    with a triangular matrix of discounts instead of a loop over positions.
+    tokens: tokens of an environment between two of them are cut out, so t + 1 is the next one.
+
+    Args:
+        lam: of all responses, or of each (B,), as from `length_adaptive_lam`.
+        value_lam: of the returns alone, which the critic learns; by default `lam` ([VC-PPO] section 4.2: with 1 they
+            are what was earned, so that a late reward reaches the first token undiminished).
     """
     # The chosen tokens first, in their order: without an environment they are where they were.
     order = (mask > 0).long().argsort(dim=1, descending=True, stable=True)
     rewards, values, chosen = (tensor.gather(1, order) for tensor in (rewards, values, mask))
-    advantages, returns = _advantages_without_gaps(rewards, values, chosen, gamma, lam)
-    return torch.zeros_like(values).scatter(1, order, advantages), torch.zeros_like(values).scatter(1, order, returns)
-
-
-def _advantages_without_gaps(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    length = mask.shape[1]
-    values = values * mask
+    values = values * chosen
     next_values = torch.cat((values[:, 1:], torch.zeros_like(values[:, :1])), dim=1)
-    deltas = (rewards + gamma * next_values - values) * mask
-    positions = torch.arange(length, device=mask.device)
+    deltas = (rewards + gamma * next_values - values) * chosen
+    advantages = _discounted_sums(deltas, gamma * lam) * chosen
+    earned = advantages if value_lam is None else _discounted_sums(deltas, gamma * value_lam) * chosen
+    results = advantages, (earned + values) * chosen
+    advantages, returns = (torch.zeros_like(values).scatter(1, order, each) for each in results)
+    return advantages, returns
+
+
+def _discounted_sums(deltas: torch.Tensor, discount: float | torch.Tensor) -> torch.Tensor:
+    """Return the sums over later positions (B, T), each discounted by its distance.
+
+    Args:
+        discount: for one position, of all rows or of each (B,).
+    """
+    if isinstance(discount, torch.Tensor):
+        # The rows have matrices of their own: a loop takes T / B of their memory.
+        total, sums = torch.zeros_like(deltas[:, 0]), torch.empty_like(deltas)
+        for position in reversed(range(deltas.shape[1])):
+            total = deltas[:, position] + discount.to(deltas.dtype) * total
+            sums[:, position] = total
+        return sums
+    # One product with a triangular matrix instead of a loop over positions.
+    positions = torch.arange(deltas.shape[1], device=deltas.device)
     distance = positions.unsqueeze(1) - positions  # (later, earlier)
-    discounts = torch.where(distance >= 0, torch.tensor(gamma * lam, dtype=values.dtype) ** distance.clamp(min=0), 0.0)
+    discounts = torch.where(distance >= 0, torch.tensor(discount, dtype=deltas.dtype) ** distance.clamp(min=0), 0.0)
     # TF32, a possible format on a GPU for products of fp32, would round each term to 11 bits.
-    exact = torch.float64 if values.device.type == "cuda" else values.dtype
-    advantages = (deltas.to(exact) @ discounts.to(exact)).to(values.dtype) * mask
-    return advantages, (advantages + values) * mask
+    exact = torch.float64 if deltas.device.type == "cuda" else deltas.dtype
+    return (deltas.to(exact) @ discounts.to(exact)).to(deltas.dtype)
+
+
+def length_adaptive_lam(mask: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Return lambda (B,) by the number l of chosen tokens: 1 - 1 / (alpha l), at least 0 ([VAPO] section 4.2).
+
+    The weights lambda^k of the sum then add up to alpha l: the advantage of a token looks over a share of its
+    response, however long that is, and not over the same 20 tokens (lambda .95).
+    """
+    return (1 - 1 / (alpha * mask.sum(1)).clamp(min=1.0)).to(mask.dtype)
 
 
 def masked_whiten(
@@ -127,6 +158,7 @@ def policy_loss(
     mask: torch.Tensor,
     cliprange: float,
     dual_clip: float | None = None,
+    cliprange_high: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the clipped surrogate, negated and *summed* over chosen tokens, and the number clipped ([PPO], eq. 7).
 
@@ -134,9 +166,12 @@ def policy_loss(
 
     Args:
         dual_clip: bound on the ratio where the advantage is negative (Ye et al. 2020, arXiv:1912.09729, equation 5).
+        cliprange_high: the upper range, by default `cliprange`; a larger one lets rare tokens with a positive
+            advantage rise faster ([DAPO] equation 10).
     """
     ratio = torch.exp((logprobs - old_logprobs) * mask)
-    unclipped, clipped = advantages * ratio, advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    highest = 1 + (cliprange if cliprange_high is None else cliprange_high)
+    unclipped, clipped = advantages * ratio, advantages * ratio.clamp(1 - cliprange, highest)
     surrogate = torch.minimum(unclipped, clipped)
     if dual_clip is not None:
         surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)

@@ -14,6 +14,7 @@ KL_PLACES = ("reward", "loss")
 VLLM_MODES = ("colocate", "server")
 # Seconds for the rewards of a batch: as long as other processes wait for this one.
 REWARD_TIMEOUT = 1800.0
+LAM = 0.95
 
 
 @dataclass
@@ -100,7 +101,15 @@ class RewardOptions:
     whiten_advantages: bool = flag(True, "Scale advantages to zero mean, unit variance.")
     advantage_clip: float | None = flag(None, "Clip advantages to this size, after whitening.", takes=POSITIVE)
     gamma: float = flag(1.0, "Discount factor.", takes=SHARE)
-    lam: float = flag(0.95, "Lambda of generalized advantage estimation.", takes=SHARE)
+    lam: float = flag(LAM, "Lambda of generalized advantage estimation.", takes=SHARE)
+    value_lam: float | None = flag(
+        None, "Lambda of the critic's returns; by default that of the advantages (arXiv:2503.01491).", takes=SHARE
+    )
+    lam_alpha: float | None = flag(
+        None,
+        "Lambda of each response by its tokens, 1 - 1 / (lam_alpha * tokens), in place of `lam` (arXiv:2504.05118).",
+        takes=POSITIVE,
+    )
 
 
 @dataclass
@@ -128,6 +137,9 @@ class LossOptions:
     """The loss."""
 
     cliprange: float = flag(0.2, "Clip range of the policy's probability ratio.", takes=NOT_NEGATIVE)
+    cliprange_high: float | None = flag(
+        None, "Upper clip range of the ratio; by default the same (arXiv:2503.14476).", takes=NOT_NEGATIVE
+    )
     dual_clip: float | None = flag(
         None,
         "Bound, above 1, on the ratio's effect where the advantage is negative (arXiv:1912.09729).",

@@ -230,8 +230,11 @@ class PPOTrainer(ActorCriticTrainer):
         )
         if self.args.whiten_rewards:
             rewards = formulas.masked_whiten(rewards, mask, shift_mean=False, reduce=self._sum_over_processes)
+        lam, alpha = self.args.lam, self.args.lam_alpha
         advantages, returns = formulas.generalized_advantages(
-            rewards, tokens.values, mask, self.args.gamma, self.args.lam
+            *(rewards, tokens.values, mask, self.args.gamma),
+            lam if alpha is None else formulas.length_adaptive_lam(mask, alpha),
+            self.args.value_lam,
         )
         if self.args.whiten_advantages:
             advantages = formulas.masked_whiten(advantages, mask, reduce=self._sum_over_processes)
@@ -383,7 +386,8 @@ class PPOTrainer(ActorCriticTrainer):
             **chunk, with_distribution=is_full or args.entropy_coef > 0, detach_trunk=is_warmup
         )
         policy_sum, clipped = formulas.policy_loss(
-            logprobs, inputs["logprobs"], inputs["advantages"], mask, args.cliprange, args.dual_clip
+            *(logprobs, inputs["logprobs"], inputs["advantages"], mask),
+            *(args.cliprange, args.dual_clip, args.cliprange_high),
         )
         value_sum, value_clipped = formulas.value_loss(
             values, inputs["values"], inputs["returns"], mask, args.cliprange_value
