@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hfllm.data.formats import content_text
 from hfllm.data.thoughts import CLOSE, OPEN, answer_of, final_answer, plain_answer, split_thoughts, thoughts_of
 from hfllm.data.world.rubric import RIGHT, GoldAnswer, gold_of_continuation, gold_score
+from hfllm.environments.side_by_side import run_together
 from hfllm.errors import InputError, is_out_of_memory, refuse_if
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ RewardFunction = Callable[..., list[float]]
 # Arguments of a reward function from the trainer; no column of a dataset can have these names. With tools or a
 # `rollout_func` also `action_mask`, which takes the place of such a column.
 BEGINNING = "completion_beginning"
-GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids", BEGINNING)
+STATE, LOG_METRIC, LOG_EXTRA = OF_TRAINER = ("trainer_state", "log_metric", "log_extra")
+GIVEN = ("prompt", "completion", "prompts", "completions", "completion_ids", BEGINNING, *OF_TRAINER)
 # A larger one says nothing more, and its square in the critic's loss soon has no place in a float32.
 MOST_REWARD = 1e9
 # Reward functions with names on the command line, for rows with the embedded world's gold columns.
@@ -192,11 +194,22 @@ def checked_rewards(
 ) -> list[float] | list[list[float]]:
     """Call a reward function and refuse results other than one finite number, or a list of them, per completion.
 
-    `MOST_REWARD` is the largest allowed magnitude.
+    `MOST_REWARD` is the largest allowed magnitude. An async function is awaited.
     """
-    name = f"reward function {reward_name(function)!r}"
+    with reward_errors(function, columns):
+        rewards = function(prompts=prompts, completions=completions, **columns)
+        if inspect.iscoroutine(rewards):
+            (rewards,) = run_together([rewards])
+        rewards = as_list(rewards)
+    return read_rewards(function, rewards, completions)
+
+
+@contextmanager
+def reward_errors(function: RewardFunction, columns: Iterable[str]) -> Iterator[None]:
+    """Context manager in which an error of a reward function becomes one that names it, its line and its columns."""
+    name, columns = f"reward function {reward_name(function)!r}", [each for each in columns if each not in OF_TRAINER]
     try:
-        rewards = _as_list(function(prompts=prompts, completions=completions, **columns))
+        yield
     except (Exception, SystemExit) as error:
         # Memory errors of a reward model are for others to explain.
         if isinstance(error, InputError) or is_out_of_memory(error):
@@ -206,13 +219,27 @@ def checked_rewards(
             missing = f"no column {min(needed)!r}, which it needs"
             raise InputError(f"{name}: the rows have {missing}; columns given: {column_names}") from None
         raise InputError(f"{name} failed with {error!r}{_location(error)}; columns given: {column_names}") from error
+
+
+def read_rewards(
+    function: RewardFunction, rewards: object, completions: Sequence, may_abstain: bool = False
+) -> list[float] | list[list[float]]:
+    """Return what a reward function returned as numbers, see `checked_rewards`.
+
+    Args:
+        rewards: a list, from `as_list`.
+        may_abstain: whether `None` stands for a completion that it does not judge; it stays.
+    """
+    name, count = f"reward function {reward_name(function)!r}", len(completions)
     if not isinstance(rewards, list):
-        raise InputError(f"{name} returned {type(rewards).__name__}; expected a list of {len(completions)} numbers")
-    count = len(completions)
+        raise InputError(f"{name} returned {type(rewards).__name__}; expected a list of {count} numbers")
     refuse_if(len(rewards) != count, f"{name} returned {len(rewards)} values for {count} completions")
-    rewards = [_as_list(reward) for reward in rewards]
-    is_per_token = isinstance(rewards[0], list | tuple)
+    rewards = [as_list(reward) for reward in rewards]
+    judged = [reward for reward in rewards if reward is not None or not may_abstain]
+    is_per_token = bool(judged) and isinstance(judged[0], list | tuple)
     for row, reward in enumerate(rewards):
+        if reward is None and may_abstain:
+            continue
         if isinstance(reward, list | tuple) != is_per_token or not all(
             map(_is_number, reward if is_per_token else [reward])
         ):
@@ -221,7 +248,8 @@ def checked_rewards(
                 f"expected {'a list of finite numbers' if is_per_token else 'a finite number'} of at most "
                 f"{MOST_REWARD:g} in size"
             )
-    return [list(map(float, reward)) if is_per_token else float(reward) for reward in rewards]
+    read = (lambda reward: list(map(float, reward))) if is_per_token else float
+    return [None if reward is None else read(reward) for reward in rewards]
 
 
 def _needed_columns(function: Callable[..., Any]) -> set[str]:
@@ -231,7 +259,7 @@ def _needed_columns(function: Callable[..., Any]) -> set[str]:
     except (TypeError, ValueError):
         return set()
     is_named = [each for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    return {each.name for each in is_named if each.default is each.empty} - {"prompts", "completions"}
+    return {each.name for each in is_named if each.default is each.empty} - {"prompts", "completions", *OF_TRAINER}
 
 
 class _TimeIsUp(BaseException):
@@ -270,17 +298,23 @@ def time_limit(function: Callable[..., Any], seconds: float) -> Iterator[None]:
         is_running = False
         # It may have called a library, but the library is not the code to mend.
         index = _location(error, getattr(getattr(function, "__code__", None), "co_filename", None))
-        raise InputError(
-            f"reward function {reward_name(function)!r} did not return within {seconds:g} seconds{index}; "
-            "--reward_timeout gives it more, and 0 sets no limit"
-        ) from None
+        raise late_error([function], seconds, index) from None
     finally:
         is_running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
-def _as_list(values: object) -> object:
+def late_error(functions: Sequence[RewardFunction], seconds: float, where: str = "") -> InputError:
+    """Return the error of reward functions at their time limit; `where` is the place in one of them."""
+    names = ", ".join(repr(reward_name(each)) for each in functions)
+    return InputError(
+        f"reward function{'s' * (len(functions) > 1)} {names} did not return within {seconds:g} seconds{where}; "
+        f"--reward_timeout gives {'them' if len(functions) > 1 else 'it'} more, and 0 sets no limit"
+    )
+
+
+def as_list(values: object) -> object:
     """Return an array, a tensor, a generator or the like as a list, one number as a number; anything else as it is."""
     if hasattr(values, "tolist"):
         return values.tolist()

@@ -294,20 +294,20 @@ def rewards_of(
 ) -> list[float]:
     """Return the sum of the rewards of a response to each row's prompt; rewards of tokens or steps are added up.
 
-    Each function has `timeout` seconds, see `time_limit`.
+    Each function has `timeout` seconds, see `RewardCalls`. A response that it does not judge earns nothing of it.
     """
-    from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns, time_limit
+    from hfllm.rewards.calls import RewardCalls, RewardLog
+    from hfllm.rewards.functions import BEGINNING, reward_columns
 
     prompts, begun = map(list, zip(*(split_beginning(row["prompt"]) for row in rows), strict=True))
     completions = [[thinking_message(put + text)] for put, text in zip(begun, texts, strict=True)]
     ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     columns = {**reward_columns(rows), "completion_ids": ids, BEGINNING: begun}
     total = [0.0] * len(rows)
-    for function in functions:
-        with time_limit(function, timeout):
-            values = checked_rewards(function, prompts, completions, **columns)
+    calls = RewardCalls(functions, prompts, completions, columns, RewardLog().arguments(), timeout)
+    for values in calls.results():
         for index, value in enumerate(values):
-            total[index] += sum(value) if isinstance(value, list) else value
+            total[index] += sum(value) if isinstance(value, list) else value or 0.0
     return total
 
 

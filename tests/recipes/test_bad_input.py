@@ -201,7 +201,7 @@ def saved_model(make_model, tokenizer, tmp_path):
 
 REWARDS = """
 def short(completions, **columns): return [1.0]
-def none(completions, **columns): return [None] * len(completions)
+def none(completions, **columns): [1.0] * len(completions)
 def nan(completions, **columns): return [float("nan")] * len(completions)
 def fine(completions, **columns): return [0.0] * len(completions)
 """
@@ -214,7 +214,7 @@ def test_reward_functions(saved_model, tmp_path):
     flags = ("--model_name_or_path", saved_model, "--dataset_name", prompts, "--output_dir", tmp_path / "out")
     for name, expected in (
         ("short", "'short' returned 1 values for 2 completions"),
-        ("none", "'none' returned None for completion 0"),
+        ("none", "'none' returned NoneType; expected a list of 2 numbers"),
         ("nan", "'nan' returned nan for completion 0"),
         ("absent", "no function 'absent' in"),
     ):

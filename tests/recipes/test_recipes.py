@@ -257,7 +257,7 @@ def test_text_prompts_become_a_users_turn_on_demand(tmp_path):
 
 def test_reward_functions_are_tried_with_what_the_trainer_gives_them():
     def each_token(prompts, completions, completion_ids, **columns):
-        assert set(columns) == {"answer", "completion_beginning"}
+        assert set(columns) == {"answer", "completion_beginning", "trainer_state", "log_metric", "log_extra"}
         return [[1.0] * len(ids) for ids in completion_ids]
 
     rows = [{"prompt": text, "completion": "c", "answer": "a"} for text in ("one", "two")]

@@ -87,7 +87,7 @@ def test_a_reward_gets_them_from_the_trainer(make_model, tokenizer, tmp_path, mo
         return batch
 
     batch = thinking([{"prompt": ASKED}] * 2)
-    scores = trainer.scorer([{"prompt": ASKED}] * 2, batch)
+    scores = trainer.score([{"prompt": ASKED}] * 2, batch)
     assert seen == [message("So", "hm")] * 2
     assert scores.total.tolist() == [2.0, 2.0]
     assert scores.completions[0]["completion"] == "<think>hm</think>So"

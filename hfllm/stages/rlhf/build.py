@@ -30,16 +30,15 @@ from hfllm.models.loading.probes import check_template
 from hfllm.models.loading.saved import is_for_pictures, max_length_of
 from hfllm.multimodal.composed import freeze
 from hfllm.multimodal.processors import has_pictures, tokenizer_of
+from hfllm.rewards.calls import RewardCalls, RewardLog
 from hfllm.rewards.functions import (
     BEGINNING,
     GOLD_COLUMNS,
     GOLD_REWARDS,
-    checked_rewards,
     gold_reward,
     load_function,
     load_reward_function,
     reward_columns,
-    time_limit,
 )
 from hfllm.rewards.models import RewardEnsemble, reward_model
 from hfllm.runs.command_line import say
@@ -264,9 +263,7 @@ def _try_functions(
     columns = {**reward_columns(rows), "completion_ids": [[0, 1, 2, 3, 4]] * len(rows), BEGINNING: begun}
     if tools.schemas_of is not None:
         columns |= {"action_mask": [[1, 1, 1, 1, 1]] * len(rows), "tools": [*map(tools.schemas_of, rows)]}
-    for function in functions:
-        with time_limit(function, timeout):
-            checked_rewards(function, prompts, completions, **columns)
+    RewardCalls(functions, prompts, completions, columns, RewardLog().arguments(), timeout).results()
 
 
 def ptx_texts(name: str | None, num_documents: int, seed: int, world_seed: int, max_row_bytes: int) -> Dataset | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -260,6 +260,8 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
         self.eval_completions: list[dict[str, Any]] = []
         self._is_evaluating = False
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
+        # By reward functions, in each process other names if they like; by prefix.
+        self._logged: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     # ---- forward passes ----
 
@@ -389,13 +391,26 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
             values = {name.removeprefix(prefix): torch.cat(self._metrics[name]) for name in names}
             self.eval_values = {name: each.tolist() for name, each in values.items()}
         for name in names:
-            means[name] = self._mean_over_processes(self._metrics.pop(name))
+            parts, is_reward = self._metrics.pop(name), name.removeprefix("eval_").startswith("rewards/")
+            # Not a number: a response that this reward does not judge.
+            mean = self._mean_over_processes([each[~each.isnan()] for each in parts] if is_reward else parts)
+            if not (is_reward and math.isnan(mean)):
+                means[name] = mean
         return means
 
     def _mean_over_processes(self, parts: list[torch.Tensor]) -> float:
         values = torch.cat(parts)
         total, count = self._sum_over_processes(torch.stack((values.sum(), values.new_tensor(len(values)))))
         return (total / count).item()
+
+    def _drain_logged(self, prefix: str) -> dict[str, float]:
+        """Return the means of what reward functions have logged, over all processes."""
+        own = [(f"{prefix}{name}", value) for name, values in self._logged.pop(prefix, {}).items() for value in values]
+        every = gather_object(own) if self.accelerator.num_processes > 1 else own
+        values: dict[str, list[float]] = {}
+        for name, value in every:
+            values.setdefault(name, []).append(value)
+        return {name: math.fsum(each) / len(each) for name, each in values.items()}
 
     def _keep_completions(self, name: str) -> None:
         """Write the last completions as parquet, one file per process; log the ones of the first process."""
@@ -527,6 +542,6 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = {
             name.replace(prefix, f"{metric_key_prefix}_", 1): value
-            for name, value in self._drain_metrics(prefix).items()
+            for name, value in {**self._drain_logged(prefix), **self._drain_metrics(prefix)}.items()
         }
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)

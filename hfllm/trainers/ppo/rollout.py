@@ -4,8 +4,11 @@ A response holds the policy's chosen tokens, its actions, and tokens of an envir
 results of tools. Shapes: N episodes, P prompt positions (left-padded), R response positions (right-padded).
 """
 
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +19,13 @@ from hfllm.data.thoughts import OPEN, thinking_message
 from hfllm.data.tokenizer import template_errors
 from hfllm.errors import InputError
 from hfllm.multimodal.processors import Pictures, without_pictures
-from hfllm.rewards.functions import BEGINNING, checked_rewards, reward_columns, reward_name, time_limit, transcript
+from hfllm.rewards.calls import RewardCalls, RewardLog
+from hfllm.rewards.functions import BEGINNING, reward_columns, reward_name, transcript
 from hfllm.trainers.ppo.config import PPOConfig
 from hfllm.trainers.ppo.formulas import RunningMoments
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerState
 
 # The models' inputs from a batch, besides images.
 MODEL_INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "action_mask")
@@ -187,14 +191,17 @@ class Scores:
     Args:
         total: (B,), the weighted sum minus the penalty for truncated responses.
         per_token: (B, R), the weighted sum of the token-by-token rewards, or `None`.
-        parts: each single reward, (B,), unweighted; per-token ones are summed.
-        completions: a row per response: prompt, completion, the parts and the total.
+        parts: each single reward, (B,), unweighted; per-token ones are summed. Not a number where a function does not
+            judge the response.
+        completions: a row per response: prompt, completion, the parts, the total and what functions have logged.
+        metrics: numbers logged by functions.
     """
 
     total: torch.Tensor
     per_token: torch.Tensor | None
     parts: dict[str, torch.Tensor]
     completions: list[dict[str, Any]]
+    metrics: dict[str, list[float]]
 
     @property
     def reward(self) -> torch.Tensor:
@@ -207,7 +214,8 @@ class Scorer:
 
     Args:
         rewards: functions `(prompts, completions, **columns)` returning a number per completion, or a list of
-            numbers per completion, one per entry of its `completion_ids`.
+            numbers per completion, one per entry of its `completion_ids`; `None` for a completion not judged. They may
+            be async, and take TRL's `trainer_state`, `log_metric` and `log_extra` (`hfllm.rewards.calls`).
         weights: one per function.
         tokenizer: the policy's.
     """
@@ -223,8 +231,12 @@ class Scorer:
         self.names = unique_names([reward_name(reward) for reward in rewards])
         self.moments = RunningMoments()
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Scores:
-        """Score the responses of `batch` to the prompts of `rows`.
+    def begin(
+        self, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any], state: "TrainerState | None" = None
+    ) -> Callable[[], Scores]:
+        """Begin to score the responses of `batch` to the prompts of `rows`; return a function that ends it.
+
+        In between async functions go on.
 
         A batch of episodes may bring its `prompts` and `completions`, and more `columns` for the functions. Of prompts
         ending with the beginning of the answer, functions get the messages before it, the whole answer as the
@@ -243,33 +255,56 @@ class Scorer:
             completions = completions_of(self.tokenizer, prompts, before, ids)
         columns = {**reward_columns(rows), **batch.get("columns", {}), "completion_ids": ids}
         prompts, columns[BEGINNING] = map(list, zip(*map(split_beginning, prompts), strict=True))
+        log = RewardLog()
+        calls = RewardCalls(
+            *(self.rewards, prompts, completions, columns, log.arguments(state), self.args.reward_timeout)
+        )
+        return partial(self._end, calls, log, prompts, completions, batch)
+
+    def _end(
+        self, calls: RewardCalls, log: RewardLog, prompts: Sequence, completions: Sequence, batch: Mapping[str, Any]
+    ) -> Scores:
         device = batch["response_ids"].device
-        total, per_token, parts = torch.zeros(len(rows), device=device), None, {}
-        for name, reward, weight in zip(self.names, self.rewards, self.weights, strict=True):
-            with time_limit(reward, self.args.reward_timeout):
-                values = checked_rewards(reward, prompts, completions, **columns)
-            if isinstance(values[0], list):
+        total, per_token, parts = torch.zeros(len(prompts), device=device), None, {}
+        is_unjudged = torch.ones_like(total, dtype=torch.bool)
+        for name, weight, values in zip(self.names, self.weights, calls.results(), strict=True):
+            abstains = torch.tensor([value is None for value in values], device=device)
+            if any(isinstance(value, list) for value in values):
                 # Tokens of an environment earn nothing.
                 spread_out = _per_token(values, batch["response_mask"], name) * batch["action_mask"]
                 per_token = spread_out * weight + (0 if per_token is None else per_token)
                 parts[name] = spread_out.sum(1)
             else:
-                parts[name] = torch.tensor(values, device=device)
+                parts[name] = torch.tensor([value or 0.0 for value in values], device=device)
                 total += weight * parts[name]
+            is_unjudged &= abstains
+            if abstains.any():
+                parts[name] = parts[name].masked_fill(abstains, torch.nan)
+                log.log_metric(f"judged/{name}", 1 - abstains.float().mean().item())
+        if is_unjudged.any():
+            row = int(is_unjudged.nonzero()[0])
+            warnings.warn(
+                f"no reward function judges completion {row} ({transcript(completions[row])[:80]!r}): it earns 0",
+                stacklevel=2,
+            )
         if self.args.missing_eos_penalty is not None:
             total -= self.args.missing_eos_penalty * ~batch["is_ended"]
         if per_token is not None and (self.args.normalize_rewards or self.args.reward_clip is not None):
             raise InputError(
                 "normalize_rewards and reward_clip are for rewards per response, not for per-token rewards"
             )
-        scores = Scores(total, per_token, parts, [])
+        log.check(len(prompts))
+        scores = Scores(total, per_token, parts, [], log.metrics)
         table = [
             {"prompt": without_pictures(prompt), "completion": transcript(completion)}
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         for name, values in {**parts, "reward": scores.reward}.items():
             for row, value in zip(table, values.tolist(), strict=True):
-                row[name] = value
+                row[name] = None if math.isnan(value) else value
+        for name, values in log.columns.items():
+            for row, value in zip(table, values, strict=True):
+                row.setdefault(name, value)
         scores.completions = table
         return scores
 
@@ -285,10 +320,12 @@ class Scorer:
         return total
 
 
-def _per_token(values: Sequence[Sequence[float]], mask: torch.Tensor, name: str) -> torch.Tensor:
+def _per_token(values: Sequence[Sequence[float] | None], mask: torch.Tensor, name: str) -> torch.Tensor:
     """Return lists of per-token rewards as (B, R); refuse lists of another length than the completion."""
     result = torch.zeros(mask.shape, device=mask.device)
     for row, (numbers, length) in enumerate(zip(values, mask.sum(1).tolist(), strict=True)):
+        if numbers is None:
+            continue
         if len(numbers) != length:
             raise InputError(
                 f"reward function {name!r} returned {len(numbers)} per-token rewards for completion {row}; "

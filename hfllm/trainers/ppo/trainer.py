@@ -218,8 +218,10 @@ class PPOTrainer(ActorCriticTrainer):
     def collect_rollout(self, rows: list[dict[str, Any]]) -> Rollout:
         """Sample a response to each row's prompt, score it, and estimate the advantage of each of its tokens."""
         batch = with_actions(self.sample(rows))
-        scores = self.score(rows, batch)
+        ending = self.scorer.begin(rows, batch, self.state)
+        # Async rewards go on while policy, reference and critic read the responses.
         tokens = self.evaluate_tokens(batch)
+        scores = self._noted(ending(), batch)
         mask = batch["action_mask"].to(tokens.logprobs.dtype)
         rewards = formulas.token_rewards(
             self.scorer.rescale(scores.total, self._sum_over_processes),
@@ -288,7 +290,11 @@ class PPOTrainer(ActorCriticTrainer):
 
     def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], prefix: str = "") -> Scores:
         """Return the scores of the responses, and log their means."""
-        scores = self.scorer(rows, batch)
+        return self._noted(self.scorer.begin(rows, batch, self.state)(), batch, prefix)
+
+    def _noted(self, scores: Scores, batch: dict[str, torch.Tensor], prefix: str = "") -> Scores:
+        for name, values in scores.metrics.items():
+            self._logged[prefix][name] += values
         for name, values in scores.parts.items():
             self._metrics[f"{prefix}rewards/{name}"].append(values)
         self._metrics[f"{prefix}reward"].append(scores.reward)
@@ -469,6 +475,7 @@ class PPOTrainer(ActorCriticTrainer):
         """Log with the metrics of rollouts and updates since the last log, averaged over all processes."""
         is_evaluation = any(name.startswith("eval_") for name in logs)
         if not is_evaluation and "loss" in logs:
-            logs = {**logs, **self._drain_metrics("")}
-            logs["episode"] = self.episodes
+            # A name of the trainer's own stays its own.
+            own = {**logs, **self._drain_metrics(""), "episode": self.episodes}
+            logs = {**own, **self._drain_logged(""), **own}
         super().log(logs, start_time)
