@@ -1,0 +1,177 @@
+"""`hfllm constitution` on a real model with a critic that has learned to find harm, over several seeds.
+
+    python benchmarks/own_constitution.py --model_name_or_path NAME --xstest_file xstest_prompts.csv \\
+        --helpful_dataset_name alpaca.json
+
+XSTest's prompts, half of which only sound harmful, are dealt out by the seed. From the first part the critic learns,
+by `hfllm sft`, to criticize and revise: harm is found and refused, anything else is kept. To the second part, in which
+nothing is labeled, the model answers, the critic revises what it has flagged, and the model is tuned on the result.
+The third part is held out for `hfllm evaluate`. In the control the model is its own critic. Prints a table of the
+refusals of each seed; finished runs stay.
+"""
+
+import argparse
+import csv
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from hfllm.data.sources import load_source
+from hfllm.outputs.figures import shown
+from hfllm.runs.models import NamedModel
+from hfllm.runs.recipes import load_recipe
+from hfllm.stages.evaluate.flags import labels_of
+from hfllm.stages.shared import load_speaking
+from hfllm.synthesis.constitution import load_constitution
+
+TAUGHT, OWN = "taught_critic", "own_critic"
+LENGTH, ROUNDS = 48, 2
+# Shares of the prompts for the critic and for the revisions; the rest is held out.
+FOR_CRITIC, FOR_REVISIONS = 0.4, 0.3
+FOUND = (
+    "Yes. The request asks for help with something that hurts people or breaks the law, and the answer goes along.",
+    "Yes. Whoever follows this answer could do harm, since the request itself wants harm.",
+    "Yes. What is asked for would hurt somebody, and the answer does not turn it down.",
+)
+NOTHING = (
+    "No. The request is harmless although it may sound otherwise, and so is the answer.",
+    "No. Nothing in the answer could hurt anybody: the question means no harm.",
+    "No. Nobody is hurt by what is asked here, and the answer is fine.",
+)
+REFUSALS = (
+    "I'm sorry, but I can't help with that, because it could hurt someone. I can help with something safe instead.",
+    "I can't help with this. It would do harm. If something is troubling you, talk to a person you trust.",
+    "I'm sorry, I won't help with that. It could cause real harm. Is there something else that I can do?",
+)
+Row = dict[str, object]
+
+
+def dealt(path: str, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
+    """Return the prompts for the critic, for the revisions and for the questions, safe and unsafe ones alike."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
+    for label in ("safe", "unsafe"):
+        own = [row for row in rows if row["label"] == label]
+        random.Random(f"own-constitution-{seed}-{label}").shuffle(own)
+        first, second = int(FOR_CRITIC * len(own)), int((FOR_CRITIC + FOR_REVISIONS) * len(own))
+        for part, some in zip(parts, (own[:first], own[first:second], own[second:]), strict=True):
+            part.extend(some)
+    for part in parts:
+        random.Random(f"own-constitution-{seed}-order").shuffle(part)
+    return parts
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows with prompt, type and label."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "type", "label"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def critiques(rows: Sequence[Row], answers: Sequence[str], seed: int) -> list[Row]:
+    """Return conversations in which harm is found and refused, and all else is kept, by principles of `general`."""
+    rng, principles = random.Random(f"own-constitution-critic-{seed}"), load_constitution("general").principles
+    result: list[Row] = []
+    for row, answer in [*zip(rows, answers, strict=True)] * ROUNDS:
+        principle, is_harmful = rng.choice(principles), row["label"] == "unsafe"
+        found, written = (rng.choice(FOUND), rng.choice(REFUSALS)) if is_harmful else (rng.choice(NOTHING), answer)
+        asked = [row["prompt"], rng.choice(principle.critique), rng.choice(principle.revision)]
+        said = [answer, found, written]
+        messages = [
+            {"role": role, "content": text}
+            for pair in zip(asked, said, strict=True)
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        result.append({"messages": messages})
+    return result
+
+
+def recipe(name: str, *words: object) -> dict[str, float]:
+    """Run a recipe with these words as its command line, and return its metrics."""
+    module = load_recipe(name)
+    return module.main(*module.parse([str(word) for word in words]))
+
+
+def write_rows(args: argparse.Namespace, folder: Path, seed: int) -> None:
+    """Write the three parts, the critic's conversations, and prompts that are no trap."""
+    for_critic, for_revisions, held_out = dealt(args.xstest_file, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    speaking = load_speaking(NamedModel(args.model_name_or_path))
+    prompts = [[{"role": "user", "content": row["prompt"]}] for row in for_critic]
+    answers = [said for (said,) in speaking.answers(prompts, LENGTH, seed)]
+    rows = critiques(for_critic, answers, seed)
+    (folder / "critiques.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    harmless = [
+        " ".join(filter(None, (row["instruction"], row.get("input"))))
+        for row in load_source(args.helpful_dataset_name).rows
+    ]
+    random.Random(f"own-constitution-helpful-{seed}").shuffle(harmless)
+    rows = [{"prompt": prompt} for prompt in harmless[: args.helpful]]
+    (folder / "helpful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_csv(folder / "revised.csv", for_revisions)
+    # Written last: it says that all are there.
+    write_csv(folder / "held_out.csv", held_out)
+
+
+def run(args: argparse.Namespace, seed: int) -> dict[str, float]:
+    """Teach the critic, run the course with it and with the model as its own critic, and evaluate all three models."""
+    folder = Path(args.output_dir, f"seed_{seed}")
+    if not (folder / "held_out.csv").is_file():
+        write_rows(args, folder, seed)
+    named = ["--model_name_or_path", args.model_name_or_path]
+    words = [*named, "--dataset_name", folder / "critiques.jsonl", "--seed", seed]
+    recipe(
+        "sft",
+        *words,
+        "--output_dir",
+        folder / "critic",
+        *(["--config", args.critic_config] if args.critic_config else []),
+    )
+    words = [*named, "--dataset_name", folder / "revised.csv", "--helpful_dataset_name", folder / "helpful.jsonl"]
+    words += ["--response_length", LENGTH, "--num_revisions", 1, "--last_stage", "sl", "--revise_only_flagged"]
+    words += ["--seed", seed, "--batch_size", 16, *(["--sl_config", args.config] if args.config else [])]
+    for name, critic in ((TAUGHT, ["--critic_model_name_or_path", folder / "critic"]), (OWN, [])):
+        recipe("constitution", *words, *critic, "--output_dir", folder / name)
+    words = ["--suites", "refusals", "--xstest_file", folder / "held_out.csv", "--max_new_tokens", LENGTH]
+    return recipe("evaluate", "--model_name_or_path", *models(args, seed), *words, "--output_dir", folder / "evaluate")
+
+
+def models(args: argparse.Namespace, seed: int) -> list[str]:
+    """Return the models that are evaluated: as it was, with the taught critic, and with itself as critic."""
+    folder = Path(args.output_dir, f"seed_{seed}")
+    return [args.model_name_or_path, *(str(folder / name / "sl") for name in (TAUGHT, OWN))]
+
+
+def table_of(results: dict[int, dict[str, float]], labels: Sequence[str]) -> str:
+    """Return a table of refusals, a row for each label of prompts and model, and a column for each seed."""
+    lines = [f"| prompts | model | {' | '.join(f'seed {seed}' for seed in results)} |"]
+    lines.append("| - " * (2 + len(results)) + "|")
+    for group, figure in (("unsafe", "refuses"), ("safe", "over_refusal")):
+        for label in labels:
+            name = f"refusals/{group}/{figure}/{label}"
+            cells = [shown(each, name) if name in each else "-" for each in results.values()]
+            lines.append(f"| {group}, refused | {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all seeds, and print their table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--xstest_file", required=True, help="XSTest's CSV, with labels.")
+    parser.add_argument("--helpful_dataset_name", required=True, help="Alpaca's rows; their answers are not read.")
+    parser.add_argument("--output_dir", default="outputs/own_constitution")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--helpful", type=int, default=60, help="Prompts to which the model keeps its own answers.")
+    parser.add_argument("--config", help="YAML flags of the tuning on revisions.")
+    parser.add_argument("--critic_config", help="YAML flags of the critic's fine-tuning.")
+    args = parser.parse_args(argv)
+    results = {seed: run(args, seed) for seed in args.seeds}
+    print(table_of(results, labels_of(models(args, args.seeds[0]))))
+
+
+if __name__ == "__main__":
+    main()

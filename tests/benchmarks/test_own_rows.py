@@ -1,0 +1,84 @@
+"""benchmarks/own_tools.py and own_constitution.py: what is asked is held out, and what is taught is right."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from hfllm.environments.tools import calculator, lookup_in
+from hfllm.rewards.functions import exact_match
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def own_tools():
+    return load("own_tools")
+
+
+def rows_of(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_calls_that_are_taught_give_the_answers_that_are_said(own_tools, tmp_path):
+    own_tools.write_rows(tmp_path, 1, 240, 120)
+    tools = {"calculator": calculator, "lookup": lookup_in(json.loads((tmp_path / "table.json").read_text()))}
+    calls, direct = rows_of(tmp_path, "calls"), rows_of(tmp_path, "direct")
+    failed = 0
+    for taught, control in zip(calls, direct, strict=True):
+        asked, *turns, final = taught["messages"]
+        assert control["messages"] == [asked, final] and control["tools"] == taught["tools"]
+        for call, result in zip(turns[::2], turns[1::2], strict=True):
+            (function,) = (each["function"] for each in call["tool_calls"])
+            is_right = result["content"] == tools[function["name"]](**function["arguments"]) == final["content"]
+            failed += not is_right
+            assert is_right or (result["content"].startswith("{'error'") and result is not turns[-1])
+    assert 0.05 * len(calls) < failed < 0.2 * len(calls)
+    assert {len(each["messages"]) for each in calls} == {2, 4, 6}
+
+
+def test_questions_have_other_wordings_people_and_numbers(own_tools, tmp_path):
+    own_tools.write_rows(tmp_path, 2, 240, 120)
+    taught = " ".join(row["messages"][0]["content"] for row in rows_of(tmp_path, "calls"))
+    table = list(json.loads((tmp_path / "table.json").read_text()))
+    unseen = table[own_tools.PEOPLE :]
+    assert len(table) == len({*table}) and not any(name in taught for name in unseen)
+    kinds = [own_tools.OF_NUMBERS, *own_tools.OF_PEOPLE.values(), own_tools.OF_WORDS]
+    held_out = [words for kind in kinds for wording in kind[-2:] for words in wording.split("{}") if len(words) > 12]
+    assert held_out and not any(words in taught for words in held_out)
+    for row in rows_of(tmp_path, "questions"):
+        assert row["prompt"] not in taught
+        assert row["tool"] != "lookup" or any(name in row["prompt"] for name in unseen)
+        # A right answer said alone is found right.
+        said = [{"role": "assistant", "content": row["answer"]}]
+        assert exact_match([row["prompt"]], [said], answer=[row["answer"]]) == [1.0]
+
+
+def test_the_parts_of_xstest_share_no_prompt_and_the_critic_finds_harm_alone(tmp_path):
+    own = load("own_constitution")
+    file = tmp_path / "xstest.csv"
+    rows = [
+        {"prompt": f"{label} {number}", "type": "t", "label": label}
+        for label in ("safe", "unsafe")
+        for number in range(20)
+    ]
+    own.write_csv(file, rows)
+    parts = own.dealt(str(file), 1)
+    assert [len(part) for part in parts] == [16, 12, 12]
+    assert sorted(row["prompt"] for part in parts for row in part) == sorted(row["prompt"] for row in rows)
+    assert all(sum(row["label"] == "safe" for row in part) == len(part) / 2 for part in parts)
+    taught = own.critiques(parts[0], [f"said {row['prompt']}" for row in parts[0]], 1)
+    assert len(taught) == own.ROUNDS * 16
+    for row in taught:
+        asked, answer, _, found, _, written = (message["content"] for message in row["messages"])
+        is_harmful = asked.startswith("unsafe")
+        assert found.startswith("Yes" if is_harmful else "No") and (written in own.REFUSALS) == is_harmful
+        assert is_harmful or written == answer
