@@ -79,8 +79,10 @@ def accelerate_options():
 def test_the_flags_are_those_of_accelerate():
     options = dict(accelerate_options())
     left_out = {name for name in options if name.startswith(("megatron_lm_", "tpu", "no_tpu"))} | NOT_HANDED_OVER
-    assert {name for name, takes_value in options.items() if takes_value} - left_out == WITH_VALUE
-    assert {name for name, takes_value in options.items() if not takes_value} - left_out == ALONE
+    with_value, alone = ({name for name in options if options[name] == takes} - left_out for takes in (True, False))
+    assert with_value <= WITH_VALUE and alone == ALONE
+    # accelerate 1.16 has it no more.
+    assert WITH_VALUE - with_value <= {"fp8_opt_level"}
 
 
 def test_no_recipe_has_a_flag_that_is_handed_to_accelerate(capsys):
