@@ -369,7 +369,6 @@ def test_conversational_prompts_use_the_chat_template(make_trainer, tokenizer):
     ("returned", "complaint"),
     [
         (lambda count: [1.0] * (count - 1), "returned 3 values for 4 completions"),
-        (lambda count: [None] * count, "returned None for completion 0"),
         (lambda count: [1.0, float("nan")] + [0.0] * (count - 2), "returned nan for completion 1"),
         (lambda count: ["high"] * count, "returned 'high'"),
         (lambda count: 1.0, "expected a list of 4 numbers"),
