@@ -1,5 +1,7 @@
 """PPO's formulas against brute force."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -239,3 +241,46 @@ def test_explained_variance():
     assert formulas.explained_variance(returns, returns, mask) == 1
     torch.testing.assert_close(formulas.explained_variance(0 * returns, returns, mask), torch.tensor(0.0))
     assert formulas.explained_variance(returns, returns, 0 * mask) == 0
+
+
+# ---- several answers to a prompt ----
+
+
+def test_an_answer_is_compared_with_the_others_to_its_prompt():
+    means = formulas.means_of_others(torch.tensor([1.0, 0.0, 0.5, 3.0, 3.0, 9.0]), size=3)
+    torch.testing.assert_close(means, torch.tensor([0.25, 0.75, 0.5, 6.0, 6.0, 3.0]))
+
+
+def test_the_first_chosen_token_may_stand_behind_others():
+    values, mask = torch.tensor([[1.0, 2.0, 3.0]] * 3), torch.tensor([[1.0, 0, 1], [0, 1, 1], [0, 0, 0]])
+    assert formulas.first_chosen(values, mask).tolist() == [1.0, 2.0, 1.0]
+
+
+# ---- what another engine has sampled ----
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    chosen=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+    cap=st.sampled_from([0.5, 1.0, 2.0]),
+)
+def test_importance_weights_are_capped_ratios(level, chosen, seed, cap):
+    mask = torch.tensor(chosen, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    own, sampled = (torch.randn(mask.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    weights, capped = formulas.importance_weights(own, sampled, mask, cap, level)
+    for row, is_chosen in enumerate(chosen):
+        whole = math.prod(math.exp(own[row, at] - sampled[row, at]) for at in range(5) if is_chosen[at])
+        for at in range(5):
+            ratio = math.exp(own[row, at] - sampled[row, at]) if level == "token" else whole
+            expected = (min(ratio, cap), float(ratio > cap)) if is_chosen[at] else (0.0, 0.0)
+            assert (weights[row, at].item(), capped[row, at].item()) == pytest.approx(expected)
+
+
+def test_where_both_engines_agree_nothing_is_weighed():
+    mask, logprobs = (torch.arange(6) < 4).float().expand(2, 6), -torch.rand(2, 6)
+    for level in ("token", "sequence"):
+        weights, capped = formulas.importance_weights(logprobs, logprobs, mask, 2.0, level)
+        assert torch.equal(weights, mask) and not capped.any()

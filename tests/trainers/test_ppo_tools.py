@@ -485,12 +485,12 @@ def test_engines_that_sample_in_step_are_refused(make_agent, monkeypatch):
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
     stub = SimpleNamespace(accelerator=SimpleNamespace(state=state, num_processes=1), vllm=None)
     with pytest.raises(InputError, match="tools do not work with DeepSpeed ZeRO-3"):
-        episodes.check_engine(stub)
+        episodes.check_engine(stub, "tools")
     stub.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None), num_processes=2)
     stub.vllm = print
     with pytest.raises(InputError, match="tools with use_vllm=True work in one process"):
-        episodes.check_engine(stub)
-    episodes.check_engine(trainer)
+        episodes.check_engine(stub, "tools")
+    episodes.check_engine(trainer, "tools")
 
 
 @pytest.mark.slow

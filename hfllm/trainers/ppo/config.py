@@ -53,6 +53,9 @@ class PPOConfig(PPOOptions, TrainingArguments):
             )
         if self.lam_alpha is not None and self.lam != LAM:
             raise ValueError(f"lam_alpha={self.lam_alpha} takes lambda from the length: leave out lam={self.lam}")
+        self._check_groups()
+        if self.critic_warmup_lam is not None and self.critic_warmup_steps == 0:
+            raise ValueError(f"critic_warmup_lam={self.critic_warmup_lam} is for critic_warmup_steps, which is 0")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(f"kl_target={self.kl_target} steers kl_coef, which is 0: give it a value to start from")
         if self.target_kl is not None and self.fp16:
@@ -67,6 +70,19 @@ class PPOConfig(PPOOptions, TrainingArguments):
                 # A GenerationConfig takes any name, and ignores it.
                 (nearest,) = difflib.get_close_matches(name, options, n=1, cutoff=0.0)
                 raise ValueError(f"generation_kwargs has an unknown {name!r}; did you mean {nearest!r}?")
+
+    def _check_groups(self) -> None:
+        """Refuse what compares the answers to a prompt where there is one, and lambdas that nothing reads."""
+        needs = {"baseline": self.baseline != "critic", "dynamic_sampling_rounds": self.dynamic_sampling_rounds > 0}
+        for name in [name for name, is_on in needs.items() if is_on and self.num_generations < 2]:
+            value = getattr(self, name)
+            raise ValueError(f"{name}={value!r} compares the answers to a prompt: num_generations must be at least 2")
+        unread = {"lam": LAM, "lam_alpha": None, "value_lam": None, "critic_warmup_steps": 0}
+        for name, default in unread.items() if self.baseline == "group" else ():
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"baseline='group' has no use of {name}={getattr(self, name)}: the critic decides none"
+                )
 
     @property
     def steps_per_rollout(self) -> int:

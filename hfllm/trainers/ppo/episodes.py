@@ -1,5 +1,6 @@
 """From episodes, partly written by an environment, to the training tensors of PPO."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +47,13 @@ def as_batch(episodes: Sequence[Episode], pad_token_id: int, device: torch.devic
     }
 
 
-def check_engine(trainer: "ActorCriticTrainer") -> None:
-    """Refuse tools where all processes must sample in step: their episodes have different numbers of turns."""
+def check_engine(trainer: "ActorCriticTrainer", what: str) -> None:
+    """Refuse what samples more often in one process than in another, such as tools, where all must sample in step."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
-        raise InputError("tools do not work with DeepSpeed ZeRO-3, which samples in step: use ZeRO-2 or DDP")
+        raise InputError(f"{what} do not work with DeepSpeed ZeRO-3, which samples in step: use ZeRO-2 or DDP")
     if trainer.vllm is not None and trainer.accelerator.num_processes > 1:
-        raise InputError("tools with use_vllm=True work in one process, since vLLM samples for all in step")
+        raise InputError(f"{what} with use_vllm=True work in one process, since vLLM samples for all in step")
 
 
 def environment_of(
@@ -154,7 +155,8 @@ def from_rollout_func(
     Args:
         output: as of TRL's GRPOTrainer: `prompt_ids` and `completion_ids`, lists of token ids per prompt;
             `env_mask` with 1 for tokens of the completion chosen by the policy and 0 for others, by default all
-            ones. `logprobs` are not used: they are computed by the trained weights. Also `is_ended`, by
+            ones. `logprobs`, a number for each of the `completion_ids`, are those of whatever sampled them, for
+            `importance_sampling_cap`; others are computed by the trained weights. Also `is_ended`, by
             default whether the last token ends a response and is the policy's; `completions`, texts or lists of
             messages for the rewards, by default the decoded tokens. Anything else is a column for the rewards: a list
             with an entry per prompt, or one value for all.
@@ -178,9 +180,48 @@ def from_rollout_func(
         if name not in (*NEEDED, *KNOWN):
             is_each = isinstance(values, list) and len(values) == len(rows)
             batch["columns"][name] = values if is_each else [values] * len(rows)
+    if output.get("logprobs") is not None:
+        shape = batch["response_ids"].shape
+        batch["sampling_logprobs"] = sampling_logprobs(output["logprobs"], masks, shape, "rollout_func").to(
+            batch["response_ids"].device
+        )
     if output.get("completions") is not None:
         batch["completions"] = list(output["completions"])
     return batch
+
+
+def sampling_logprobs(
+    logprobs: Sequence[Sequence[float | Sequence[float] | None]],
+    masks: Sequence[Sequence[int]],
+    shape: tuple[int, int],
+    origin: str,
+) -> torch.Tensor:
+    """Return log-probabilities (N, R) of the policy's tokens as they were sampled, 0 for others.
+
+    Args:
+        logprobs: a number for each token of a response, or a list that begins with it, as from vLLM.
+        masks: 1 for the tokens that the policy chose; those of others may have `None`.
+        origin: whose they are, for errors.
+
+    Raises:
+        InputError: for another count, or what is no log-probability.
+    """
+    result = torch.zeros(shape)
+    for row, (values, mask) in enumerate(zip(logprobs, masks, strict=True)):
+        if len(values) != len(mask):
+            raise InputError(f"{origin}, prompt {row}: {len(values)} logprobs for {len(mask)} completion_ids")
+        for at, (value, is_chosen) in enumerate(zip(values, mask, strict=True)):
+            value = value[0] if isinstance(value, (list, tuple)) and value else value
+            if not is_chosen:
+                continue
+            # Rounding may bring a probability a little above 1.
+            if not isinstance(value, (int, float)) or not -math.inf < value < 0.01:
+                raise InputError(
+                    f"{origin}, prompt {row}: logprobs has {value!r} for token {at}, which the policy chose; expected "
+                    "a finite number of at most 0"
+                )
+            result[row, at] = value
+    return result
 
 
 def _check(episode: Episode, origin: str, trainer: "ActorCriticTrainer") -> None:

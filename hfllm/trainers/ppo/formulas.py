@@ -6,7 +6,8 @@ tokens of an environment and on padding, without an effect on any result.
 Sources: [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438. [RLHF] Ziegler
 et al. 2019, arXiv:1909.08593, and Ouyang et al. 2022, arXiv:2203.02155. [KL] Schulman 2020, "Approximating KL
 divergence", joschu.net/blog/kl-approx.html. [VC-PPO] Yuan et al. 2025, arXiv:2503.01491. [VAPO] Yue et al. 2025,
-arXiv:2504.05118. [DAPO] Yu et al. 2025, arXiv:2503.14476.
+arXiv:2504.05118. [DAPO] Yu et al. 2025, arXiv:2503.14476. [RLOO] Ahmadian et al. 2024, arXiv:2402.14740. [TIS] Yao et
+al. 2025, "Your efficient RL framework secretly brings you off-policy RL training", fengyao.notion.site/off-policy-rl.
 """
 
 import math
@@ -43,6 +44,11 @@ def last_token_index(mask: torch.Tensor) -> torch.Tensor:
     """Return the index (B,) of each row's last chosen token; 0 for a row without any."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return (positions * (mask > 0)).amax(dim=1)
+
+
+def first_chosen(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the value (B,) at each row's first chosen token; that at the first position for a row without any."""
+    return values.gather(1, (mask > 0).int().argmax(1, keepdim=True)).squeeze(1)
 
 
 def full_kl(log_probabilities: torch.Tensor, ref_log_probabilities: torch.Tensor) -> torch.Tensor:
@@ -133,6 +139,37 @@ def length_adaptive_lam(mask: torch.Tensor, alpha: float) -> torch.Tensor:
     return (1 - 1 / (alpha * mask.sum(1)).clamp(min=1.0)).to(mask.dtype)
 
 
+def means_of_others(totals: torch.Tensor, size: int) -> torch.Tensor:
+    """Return for each response (B,) the mean of the other answers to its prompt ([RLOO] equation 8).
+
+    As a baseline it does not depend on the response itself, so that the gradient stays unbiased.
+
+    Args:
+        totals: (B,), what responses earn; those of a prompt stand side by side.
+        size: answers to a prompt, at least 2.
+    """
+    groups = totals.view(-1, size)
+    return ((groups.sum(1, keepdim=True) - groups) / (size - 1)).view(-1)
+
+
+def importance_weights(
+    logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, mask: torch.Tensor, cap: float, level: str = "token"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return pi / mu at the chosen tokens (B, T), at most `cap`, and 1.0 where that was capped ([TIS]).
+
+    pi is the policy as it is trained, mu what responses were sampled from: another engine, precision or version of it.
+    Capping bounds the variance of the gradient, and biases it towards mu where pi is much likelier.
+
+    Args:
+        level: "token" takes each token's own ratio, "sequence" the whole response's for all of its tokens.
+    """
+    log_ratio = (logprobs - sampling_logprobs) * mask
+    if level == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True) * mask
+    limit = math.log(cap)
+    return log_ratio.clamp(max=limit).exp() * mask, (log_ratio > limit).to(mask.dtype) * mask
+
+
 def masked_whiten(
     values: torch.Tensor,
     mask: torch.Tensor,
@@ -165,11 +202,12 @@ def policy_loss(
     The caller divides both by the tokens of the whole mini-batch, so the split into micro-batches does not matter.
 
     Args:
+        mask: may hold a weight in place of 1.
         dual_clip: bound on the ratio where the advantage is negative (Ye et al. 2020, arXiv:1912.09729, equation 5).
         cliprange_high: the upper range, by default `cliprange`; a larger one lets rare tokens with a positive
             advantage rise faster ([DAPO] equation 10).
     """
-    ratio = torch.exp((logprobs - old_logprobs) * mask)
+    ratio = torch.exp((logprobs - old_logprobs) * (mask > 0))
     highest = 1 + (cliprange if cliprange_high is None else cliprange_high)
     unclipped, clipped = advantages * ratio, advantages * ratio.clamp(1 - cliprange, highest)
     surrogate = torch.minimum(unclipped, clipped)

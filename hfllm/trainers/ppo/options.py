@@ -11,6 +11,8 @@ from hfllm.flags import NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, flag
 # See hfllm/trainers/ppo/formulas.py.
 KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_PLACES = ("reward", "loss")
+LEVELS = ("token", "sequence")
+BASELINES = ("critic", "group", "both")
 VLLM_MODES = ("colocate", "server")
 # Seconds for the rewards of a batch: as long as other processes wait for this one.
 REWARD_TIMEOUT = 1800.0
@@ -110,6 +112,27 @@ class RewardOptions:
         "Lambda of each response by its tokens, 1 - 1 / (lam_alpha * tokens), in place of `lam` (arXiv:2504.05118).",
         takes=POSITIVE,
     )
+    baseline: str = flag(
+        "critic",
+        "What an answer is compared with: the critic's values, the mean reward of the other answers to its prompt "
+        "(`num_generations`, arXiv:2402.14740), or that mean less which the critic learns the rest.",
+        choices=list(BASELINES),
+    )
+    dynamic_sampling_rounds: int = flag(
+        0,
+        "Times that prompts whose answers all earn the same are replaced by others (arXiv:2503.14476); needs "
+        "`num_generations`.",
+        takes=NOT_NEGATIVE,
+    )
+    importance_sampling_cap: float | None = flag(
+        2.0,
+        "Where responses come with the log-probabilities of what sampled them (vLLM, a `rollout_func`): most that "
+        "the trained policy's ratio to these weighs; None for no correction.",
+        takes=POSITIVE,
+    )
+    importance_sampling_level: str = flag(
+        "token", "Whose ratio weighs: each token's, or the whole response's.", choices=list(LEVELS)
+    )
 
 
 @dataclass
@@ -145,6 +168,15 @@ class LossOptions:
         "Bound, above 1, on the ratio's effect where the advantage is negative (arXiv:1912.09729).",
         takes=Range("a number above 1", lambda value: value > 1, "be above 1"),
     )
+    loss_aggregation: str = flag(
+        "token", "Of what the loss is the mean: of all tokens, or of the responses' means.", choices=list(LEVELS)
+    )
+    positive_lm_coef: float = flag(
+        0.0,
+        "Weight of a language-modeling loss on answers that earn `positive_lm_min_reward` (arXiv:2504.05118).",
+        takes=NOT_NEGATIVE,
+    )
+    positive_lm_min_reward: float = flag(1.0, "Least reward of an answer for `positive_lm_coef`.")
     target_kl: float | None = flag(
         None,
         "Skip the rest of a rollout's optimizer steps once the KL to its sampling policy, per token, exceeds this.",
@@ -164,6 +196,12 @@ class LossOptions:
     )
     critic_warmup_steps: int = flag(
         0, "Optimizer steps at the beginning that train only the critic.", takes=NOT_NEGATIVE
+    )
+    critic_warmup_lam: float | None = flag(
+        None,
+        "Lambda of the critic's returns during these steps; with 1 it learns what the policy as it was earns (value "
+        "pretraining, arXiv:2503.01491).",
+        takes=SHARE,
     )
 
 

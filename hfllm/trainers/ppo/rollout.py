@@ -7,7 +7,7 @@ results of tools. Shapes: N episodes, P prompt positions (left-padded), R respon
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # The models' inputs from a batch, besides images.
 MODEL_INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "action_mask")
+# Numbers of a whole mini-batch, by which its sums are divided.
+COUNTS = ("mini_batch_tokens", "mini_batch_positive_tokens")
 Batch = dict[str, torch.Tensor | Pictures]
 
 
@@ -46,6 +48,8 @@ class Rollout:
         values, advantages, returns: (N, R).
         order: (epochs, N), the shuffled order of the episodes per PPO epoch.
         mini_batch_tokens: (epochs, mini-batches), actions per mini-batch over *all* processes.
+        is_positive: (N,), 1 for responses whose likelihood is learned, and `None` where none is.
+        mini_batch_positive_tokens: as `mini_batch_tokens`, of these responses alone.
         pictures: the images of the prompts, `None` where no prompt has any.
     """
 
@@ -61,6 +65,8 @@ class Rollout:
     returns: torch.Tensor
     order: torch.Tensor
     mini_batch_tokens: torch.Tensor
+    is_positive: torch.Tensor | None = None
+    mini_batch_positive_tokens: torch.Tensor | None = None
     pictures: Pictures | None = None
 
     PER_EPISODE = (*MODEL_INPUTS, "logprobs", "ref_logprobs", "values", "advantages", "returns")
@@ -77,10 +83,10 @@ class Rollout:
         epoch, mini_batch = divmod(step, mini_batches)
         start = mini_batch * (self.order.shape[1] // mini_batches) + micro_step * micro_batch_size
         rows = self.order[epoch, start : start + micro_batch_size]
-        batch = {name: getattr(self, name)[rows] for name in self.PER_EPISODE}
-        if self.pictures is not None:
-            batch["pictures"] = self.pictures[rows]
-        return {**trim(batch), "mini_batch_tokens": self.mini_batch_tokens[epoch, mini_batch]}
+        names = (*self.PER_EPISODE, "is_positive", "pictures")
+        batch = trim({name: getattr(self, name)[rows] for name in names if getattr(self, name) is not None})
+        counts = {name: getattr(self, name) for name in COUNTS if getattr(self, name) is not None}
+        return {**batch, **{name: count[epoch, mini_batch] for name, count in counts.items()}}
 
     def save(self, path: str | Path) -> None:
         """Write the rollout as safetensors."""
@@ -128,6 +134,44 @@ def trim(batch: Batch) -> Batch:
 def with_actions(batch: dict[str, Any]) -> dict[str, Any]:
     """Return a sampled batch with its `action_mask`: without one, the policy chose the whole response."""
     return batch if "action_mask" in batch else {**batch, "action_mask": batch["response_mask"]}
+
+
+def with_replaced(
+    batch: Mapping[str, Any], other: Mapping[str, Any], places: torch.Tensor, pad_token_id: int
+) -> dict[str, Any]:
+    """Return what models read of a sampled batch, with the episodes of another one at these places (M,).
+
+    Of log-probabilities recorded by the trainer's own sampling nothing is left: a second pass finds them.
+    """
+    merged: dict[str, Any] = {}
+    for name, own in batch.items():
+        if torch.is_tensor(own):
+            fill = pad_token_id if name.endswith("_ids") else 0
+            merged[name] = _with_rows(own, other[name], places, fill, name.startswith("prompt_"))
+    pictures = [each.get("pictures") for each in (batch, other)]
+    if any(each is not None for each in pictures):
+        own, new = (
+            [{}] * len(each["is_ended"]) if shown is None else list(shown.episodes)
+            for each, shown in zip((batch, other), pictures, strict=True)
+        )
+        for place, episode in zip(places.tolist(), new, strict=True):
+            own[place] = episode
+        merged["pictures"] = Pictures(own)
+    return merged
+
+
+def _with_rows(
+    own: torch.Tensor, new: torch.Tensor, places: torch.Tensor, fill: float, pads_left: bool = False
+) -> torch.Tensor:
+    """Return a tensor with new rows at these places, both padded to the wider one."""
+    if own.ndim > 1:
+        width = max(own.shape[1], new.shape[1])
+        missing = [width - each.shape[1] for each in (own, new)]
+        sides = [(some, 0) if pads_left else (0, some) for some in missing]
+        own, new = (
+            torch.nn.functional.pad(each, side, value=fill) for each, side in zip((own, new), sides, strict=True)
+        )
+    return own.index_copy(0, places, new.to(own.dtype))
 
 
 def pad_prompts(
@@ -207,6 +251,19 @@ class Scores:
     def reward(self) -> torch.Tensor:
         """Return the whole reward (B,)."""
         return self.total if self.per_token is None else self.total + self.per_token.sum(1)
+
+    def with_replaced(self, other: "Scores", places: torch.Tensor) -> "Scores":
+        """Return scores with those of other responses at these places (M,); what was logged stays."""
+        if self.per_token is None and other.per_token is None:
+            per_token = None
+        else:
+            # A function may have paid each response once, and its tokens another time.
+            own, new = (
+                each.total.new_zeros(len(each.total), 1) if each.per_token is None else each.per_token
+                for each in (self, other)
+            )
+            per_token = _with_rows(own, new, places, 0)
+        return replace(self, total=self.total.index_copy(0, places, other.total), per_token=per_token)
 
 
 class Scorer:

@@ -368,12 +368,14 @@ def sampling_config(
 def check_uses(
     args: "PPOConfig", counts: Sequence[tuple[int, int]], value_model: "PreTrainedModel | None", samples: bool
 ) -> None:
-    """Refuse settings without support for images, and warn of a critic that does not read them.
+    """Refuse settings without support for images or for a critic, and warn of a critic that does not read images.
 
     Args:
         counts: per dataset its prompts with images, and all.
         samples: whether a `rollout_func` samples.
     """
+    if args.baseline == "group" and value_model is not None:
+        raise InputError("baseline='group' has no use of a value_model: leave one of them out")
     if not any(count for count, _ in counts):
         return
     refuse_if(args.use_vllm, NO_VLLM)

@@ -9,6 +9,7 @@ A rollout is collected when its first micro-batch is requested; the dataloader r
 micro-batch, so Trainer's own counting of steps, epochs and skipped batches stays correct.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,7 +36,17 @@ from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
 from hfllm.trainers.ppo.config import PPOConfig, with_default_rates
 from hfllm.trainers.ppo.formulas import KLController, RunningMoments
 from hfllm.trainers.ppo.prompts import PretrainingBatches, check_prompts, read_rows, rollout_loader
-from hfllm.trainers.ppo.rollout import Rollout, Scorer, Scores, model_inputs, pad_prompts, with_actions
+from hfllm.trainers.ppo.rollout import (
+    COUNTS,
+    Batch,
+    Rollout,
+    Scorer,
+    Scores,
+    model_inputs,
+    pad_prompts,
+    with_actions,
+    with_replaced,
+)
 from hfllm.trainers.ppo.setup import (
     RewardFunc,
     build_rewards,
@@ -59,6 +70,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
 
+# Mean nats between the log-probabilities of a token in two engines with the same weights that rounding explains.
+WIDEST_GAP = 0.1
 RolloutFunc = Callable[[list, "PPOTrainer"], dict[str, Any]]
 
 
@@ -187,9 +200,12 @@ class PPOTrainer(ActorCriticTrainer):
         parts = (self.policy, self.accelerator, tokenizer, self.sampling_config, args.local_rollout_batch_size)
         self.vllm = VllmSampler(args, *parts) if args.use_vllm else None
         if self.environment is not None:
-            episodes.check_engine(self)
+            episodes.check_engine(self, "tools")
+        if args.dynamic_sampling_rounds:
+            episodes.check_engine(self, "dynamic_sampling_rounds")
         self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.completions: list[dict[str, Any]] = []
+        self._has_said_gap = False
         self._begin()
 
     @property
@@ -219,36 +235,22 @@ class PPOTrainer(ActorCriticTrainer):
         """Sample a response to each row's prompt, score it, and estimate the advantage of each of its tokens."""
         batch = with_actions(self.sample(rows))
         ending = self.scorer.begin(rows, batch, self.state)
-        # Async rewards go on while policy, reference and critic read the responses.
-        tokens = self.evaluate_tokens(batch)
-        scores = self._noted(ending(), batch)
+        if self.args.dynamic_sampling_rounds:
+            batch, scores = self._redrawn(batch, self._noted(ending(), batch))
+            tokens = self.evaluate_tokens(batch)
+        else:
+            # Async rewards go on while policy, reference and critic read the responses.
+            tokens = self.evaluate_tokens(batch)
+            scores = self._noted(ending(), batch)
         mask = batch["action_mask"].to(tokens.logprobs.dtype)
-        rewards = formulas.token_rewards(
-            self.scorer.rescale(scores.total, self._sum_over_processes),
-            tokens.kl,
-            mask,
-            self.kl_controller.coefficient if self.args.kl_penalty == "reward" else 0.0,
-            scores.per_token,
-        )
-        if self.args.whiten_rewards:
-            rewards = formulas.masked_whiten(rewards, mask, shift_mean=False, reduce=self._sum_over_processes)
-        lam, alpha = self.args.lam, self.args.lam_alpha
-        advantages, returns = formulas.generalized_advantages(
-            *(rewards, tokens.values, mask, self.args.gamma),
-            lam if alpha is None else formulas.length_adaptive_lam(mask, alpha),
-            self.args.value_lam,
-        )
-        if self.args.whiten_advantages:
-            advantages = formulas.masked_whiten(advantages, mask, reduce=self._sum_over_processes)
-        if self.args.advantage_clip is not None:
-            advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
+        advantages, returns = self._estimates(scores, tokens, mask)
+        if self.args.importance_sampling_cap is not None and "sampling_logprobs" in batch:
+            advantages = advantages * self._importance(tokens.logprobs, batch["sampling_logprobs"], mask)
         self._log_rollout(tokens, mask)
-        self._metrics["reward_std"].append(scores.reward.std(correction=0).view(1))
         self._metrics["explained_variance"].append(formulas.explained_variance(tokens.values, returns, mask).view(1))
         self._keep_completions(f"{self.state.global_step:06d}")
         self._steer_kl(tokens.kl.sum(1))
         order = torch.stack([torch.randperm(len(rows)) for _ in range(self.args.num_ppo_epochs)]).to(mask.device)
-        lengths = mask.sum(1)[order].view(self.args.num_ppo_epochs, self.args.num_mini_batches, -1).sum(-1)
         return Rollout(
             **model_inputs(batch),
             logprobs=tokens.logprobs,
@@ -257,8 +259,108 @@ class PPOTrainer(ActorCriticTrainer):
             advantages=advantages,
             returns=returns,
             order=order,
-            mini_batch_tokens=self._sum_over_processes(lengths).clamp(min=1),
+            mini_batch_tokens=self._in_mini_batches(mask.sum(1), order),
+            **self._positives(scores.reward, mask, order),
         )
+
+    def _in_mini_batches(self, lengths: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """Return the sums (epochs, mini-batches) of the episodes' lengths (N,) over all processes, at least 1."""
+        shape = (self.args.num_ppo_epochs, self.args.num_mini_batches, -1)
+        return self._sum_over_processes(lengths[order].view(shape).sum(-1)).clamp(min=1)
+
+    def _positives(self, reward: torch.Tensor, mask: torch.Tensor, order: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what a rollout says of answers whose likelihood is learned, nothing if `positive_lm_coef` is 0."""
+        if not self.args.positive_lm_coef:
+            return {}
+        is_positive = (reward >= self.args.positive_lm_min_reward).to(mask.dtype)
+        self._metrics["positive"].append(is_positive)
+        tokens = self._in_mini_batches(mask.sum(1) * is_positive, order)
+        return {"is_positive": is_positive, "mini_batch_positive_tokens": tokens}
+
+    def _redrawn(self, batch: dict[str, Any], scores: Scores) -> tuple[dict[str, Any], Scores]:
+        """Replace prompts whose answers all earn the same, and so teach nothing beside each other, by others.
+
+        Up to `dynamic_sampling_rounds` times (Yu et al. 2025, arXiv:2503.14476, equation 11). Which prompts come is
+        said by seed and step alone, so that a resumed run draws the same.
+        """
+        args, size, drawn = self.args, self.args.num_generations, 0
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        place = self.state.global_step * args.world_size + args.process_index
+        generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + place)
+        for attempt in range(args.dynamic_sampling_rounds + 1):
+            groups = scores.reward.view(-1, size)
+            alike = (groups.amax(1) == groups.amin(1)).nonzero().squeeze(1)
+            if not len(alike) or attempt == args.dynamic_sampling_rounds:
+                break
+            drawn += len(alike)
+            indices = torch.randint(len(self.train_dataset), (len(alike),), generator=generator).tolist()
+            rows = [self.train_dataset[index] for index in indices for _ in range(size)]
+            other = with_actions(self.sample(rows))
+            places = (alike.unsqueeze(1) * size + torch.arange(size, device=alike.device)).flatten()
+            scores = scores.with_replaced(self.scorer.begin(rows, other, self.state)(), places)
+            batch = with_replaced(batch, other, places, self.sampling_config.pad_token_id)
+        for name, count in {"redrawn_prompts": drawn, "prompts_alike": len(alike)}.items():
+            self._metrics[name].append(scores.reward.new_tensor([count / len(groups)]))
+        return batch, scores
+
+    def _estimates(self, scores: Scores, tokens: Tokens, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the advantages and the critic's returns (B, R) of a rollout."""
+        args = self.args
+        total = self.scorer.rescale(scores.total, self._sum_over_processes)
+        if args.baseline == "both":
+            whole = total if scores.per_token is None else total + scores.per_token.sum(1)
+            total = total - formulas.means_of_others(whole, args.num_generations)
+        rewards = formulas.token_rewards(
+            total,
+            tokens.kl,
+            mask,
+            self.kl_controller.coefficient if args.kl_penalty == "reward" else 0.0,
+            scores.per_token,
+        )
+        if args.whiten_rewards:
+            rewards = formulas.masked_whiten(rewards, mask, shift_mean=False, reduce=self._sum_over_processes)
+        if args.baseline == "group":
+            parts = (rewards, torch.zeros_like(rewards), mask, args.gamma)
+            returns, _ = formulas.generalized_advantages(*parts, lam=1.0)
+            # The first token's return is the whole response's.
+            whole = formulas.first_chosen(returns, mask)
+            advantages = (returns - formulas.means_of_others(whole, args.num_generations).unsqueeze(1)) * mask
+        else:
+            lam, alpha, value_lam = args.lam, args.lam_alpha, args.value_lam
+            if self.state.global_step < args.critic_warmup_steps and args.critic_warmup_lam is not None:
+                value_lam = args.critic_warmup_lam
+            lam = lam if alpha is None else formulas.length_adaptive_lam(mask, alpha)
+            advantages, returns = formulas.generalized_advantages(
+                rewards, tokens.values, mask, args.gamma, lam, value_lam
+            )
+        if args.whiten_advantages:
+            advantages = formulas.masked_whiten(advantages, mask, reduce=self._sum_over_processes)
+        if args.advantage_clip is not None:
+            advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
+        return advantages, returns
+
+    def _importance(self, logprobs: torch.Tensor, sampled: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the weights (B, R) of what another engine or policy has sampled, and log how far it is from ours."""
+        args = self.args
+        weights, capped = formulas.importance_weights(
+            logprobs, sampled, mask, args.importance_sampling_cap, args.importance_sampling_level
+        )
+        is_chosen = mask > 0
+        gap = (logprobs - sampled)[is_chosen].abs()
+        for name, values in {"weight": weights[is_chosen], "capped": capped[is_chosen], "gap": gap}.items():
+            self._metrics[f"importance_sampling/{name}"].append(values)
+        if is_chosen.sum() > 1:
+            self._metrics["importance_sampling/weight_std"].append(weights[is_chosen].std().view(1))
+        mean = self._mean_over_processes([gap])
+        if mean > WIDEST_GAP and not self._has_said_gap:
+            self._has_said_gap = True
+            warnings.warn(
+                f"what sampled the responses gives their tokens log-probabilities {mean:.2f} nats from the policy's, "
+                f"on average: more than rounding does ({WIDEST_GAP}). Does it have the same weights, temperature and "
+                "other settings?",
+                stacklevel=2,
+            )
+        return weights
 
     def sample(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Sample responses to the rows' prompts. Return prompts and responses with their masks, and `is_ended`.
@@ -298,6 +400,8 @@ class PPOTrainer(ActorCriticTrainer):
         for name, values in scores.parts.items():
             self._metrics[f"{prefix}rewards/{name}"].append(values)
         self._metrics[f"{prefix}reward"].append(scores.reward)
+        if not prefix:
+            self._metrics["reward_std"].append(scores.reward.std(correction=0).view(1))
         self._metrics[f"{prefix}unfinished"].append(1.0 - batch["is_ended"].float())
         for name, values in batch.get("metrics", {}).items():
             self._metrics[f"{prefix}{name}"].append(values)
@@ -358,7 +462,7 @@ class PPOTrainer(ActorCriticTrainer):
         loss = torch.zeros((), device=self.accelerator.device)
         if self._skipped_from is None:
             batch = self._rollout.micro_batch(step, self._micro_step, self.args.per_device_train_batch_size)
-            tokens = batch.pop("mini_batch_tokens")
+            counts = {name: batch.pop(name) for name in COUNTS if name in batch}
             # The number of passes depends on it.
             model.train()
             groups = [group for _, group in self._passes(batch)]
@@ -366,7 +470,7 @@ class PPOTrainer(ActorCriticTrainer):
                 # Only the last pass of an optimizer step lets DDP average the gradients.
                 waits = at < len(groups) - 1
                 with self.accelerator.no_sync(model) if waits else nullcontext():
-                    group = {**group, "mini_batch_tokens": tokens, "adds_ptx": not waits}
+                    group = {**group, **counts, "adds_ptx": not waits}
                     loss += super().training_step(model, group, num_items_in_batch)
             self._end_micro_batch(is_last)
         self._micro_step = 0 if is_last else self._micro_step + 1
@@ -385,41 +489,64 @@ class PPOTrainer(ActorCriticTrainer):
         processes because DDP averages gradients: the gradient is the same as for one large batch.
         """
         args, mask = self.args, inputs["action_mask"].to(torch.float32)
+        weights, share = mask, self.accelerator.num_processes / inputs["mini_batch_tokens"]
+        if args.loss_aggregation == "sequence":
+            # Each response counts alike, however long it is.
+            weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
+            share = torch.ones_like(share) / (args.per_device_train_batch_size * args.gradient_accumulation_steps)
         is_warmup = self.state.global_step < args.critic_warmup_steps
-        is_full = args.kl_penalty == "loss" and args.kl_estimator == "full"
-        chunk = model_inputs(inputs)
-        logprobs, values, distribution = model(
-            **chunk, with_distribution=is_full or args.entropy_coef > 0, detach_trunk=is_warmup
-        )
+        chunk, needs_distribution = model_inputs(inputs), self._penalizes_full_kl or args.entropy_coef > 0
+        logprobs, values, distribution = model(**chunk, with_distribution=needs_distribution, detach_trunk=is_warmup)
         policy_sum, clipped = formulas.policy_loss(
-            *(logprobs, inputs["logprobs"], inputs["advantages"], mask),
+            *(logprobs, inputs["logprobs"], inputs["advantages"], weights),
             *(args.cliprange, args.dual_clip, args.cliprange_high),
         )
         value_sum, value_clipped = formulas.value_loss(
-            values, inputs["values"], inputs["returns"], mask, args.cliprange_value
+            values, inputs["values"], inputs["returns"], weights, args.cliprange_value
         )
-        loss = policy_sum
-        if args.kl_penalty == "loss" and self.has_reference:
-            if is_full:
-                with self.accelerator.autocast():
-                    kl = formulas.full_kl(distribution, self._reference(chunk, True)[1])
-            else:
-                # Masked first, since k3 may overflow elsewhere.
-                kl = formulas.kl_estimate(logprobs, inputs["ref_logprobs"] * mask, args.kl_estimator) * mask
-            loss = loss + self.kl_controller.coefficient * kl.sum()
-        if args.entropy_coef:
-            loss = loss - args.entropy_coef * entropy_of(distribution).sum()
-        share = self.accelerator.num_processes / inputs["mini_batch_tokens"]
+        loss = policy_sum + self._regularization(chunk, inputs, logprobs, distribution, weights)
         # During the critic's warm-up the policy loss has weight 0 but stays, since DDP waits for all gradients.
         loss = ((0.0 if is_warmup else 1.0) * loss + args.vf_coef * value_sum) * share
+        if "is_positive" in inputs and not is_warmup:
+            likelihood = (logprobs * mask * inputs["is_positive"].unsqueeze(1)).sum()
+            positive_share = self.accelerator.num_processes / inputs["mini_batch_positive_tokens"]
+            loss = loss - args.positive_lm_coef * likelihood * positive_share
+            self._add(positive_share, positive_lm_loss=-likelihood)
         if inputs.get("adds_ptx") and self.ptx is not None and not is_warmup:
             loss = loss + self._ptx_loss()
         self._check_finite(loss, inputs)
         log_ratio = (logprobs.detach() - inputs["logprobs"]) * mask
-        approx_kl = formulas.kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3").sum()
+        approx_kl = (formulas.kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3") * weights).sum()
         self._add(share, policy_loss=policy_sum, value_loss=value_sum, clip_fraction=clipped)
         self._add(share, value_clip_fraction=value_clipped, approx_kl=approx_kl)
         return loss
+
+    @property
+    def _penalizes_full_kl(self) -> bool:
+        return self.args.kl_penalty == "loss" and self.args.kl_estimator == "full"
+
+    def _regularization(
+        self,
+        chunk: Batch,
+        inputs: dict[str, torch.Tensor],
+        logprobs: torch.Tensor,
+        distribution: torch.Tensor | None,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the weighted sums of a KL penalty in the loss, and of the entropy bonus."""
+        args, mask = self.args, inputs["action_mask"]
+        total = torch.zeros((), device=weights.device)
+        if args.kl_penalty == "loss" and self.has_reference:
+            if self._penalizes_full_kl:
+                with self.accelerator.autocast():
+                    kl = formulas.full_kl(distribution, self._reference(chunk, True)[1]) * weights[mask > 0]
+            else:
+                # Masked first, since k3 may overflow elsewhere.
+                kl = formulas.kl_estimate(logprobs, inputs["ref_logprobs"] * mask, args.kl_estimator) * weights
+            total = total + self.kl_controller.coefficient * kl.sum()
+        if args.entropy_coef:
+            total = total - args.entropy_coef * (entropy_of(distribution) * weights[mask > 0]).sum()
+        return total
 
     def _ptx_loss(self) -> torch.Tensor:
         """Return the weighted language-modeling loss on this micro-batch's share of the pretraining data.

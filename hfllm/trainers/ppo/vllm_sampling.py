@@ -7,6 +7,7 @@ import torch
 
 from hfllm.errors import InputError, refuse_if
 from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.ppo.episodes import sampling_logprobs
 from hfllm.trainers.ppo.setup import UNMODIFIED_SAMPLING
 
 if TYPE_CHECKING:
@@ -102,12 +103,12 @@ class VllmSampler:
                 are cut off.
 
         Returns:
-            The same as `generate_responses`.
+            The same as `generate_responses`, and `sampling_logprobs` (N, R), where the engine gives any.
         """
         if step != self._synced_at:
             self.engine.sync_weights()
             self._synced_at = step
-        _, completions, *_ = self.engine.generate(
+        _, completions, logprobs, *_ = self.engine.generate(
             prompts=[list(ids) for ids in prompts], images=None, num_generations=1
         )
         longest = min(longest or self.longest, self.longest)
@@ -121,7 +122,12 @@ class VllmSampler:
         rooms = [min(self._room(prompt), longest) for prompt in prompts]
         ended = [self._is_ended(*pair) for pair in zip(completions, rooms, strict=True)]
         is_ended = torch.tensor(ended, device=device)
-        return {"response_ids": response_ids, "response_mask": response_mask, "is_ended": is_ended}
+        sampled = {"response_ids": response_ids, "response_mask": response_mask, "is_ended": is_ended}
+        if logprobs is not None:
+            known = [list(each)[:longest] for each in logprobs]
+            masks = [[1] * len(ids) for ids in completions]
+            sampled["sampling_logprobs"] = sampling_logprobs(known, masks, response_ids.shape, "vLLM").to(device)
+        return sampled
 
     def _room(self, prompt: Sequence[int]) -> int:
         """Return the longest response to a prompt: `vllm_max_model_length` may end one before the length limit."""
