@@ -17,6 +17,9 @@ NUMBER = re.compile(
 PLAIN_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.ASCII)
 FRACTION = re.compile(r"([+-]?)(?:(\d{1,40}) )?(\d{1,40}) ?/ ?(\d{1,40})", re.ASCII)
 BOX = "\\boxed{"
+ADMITS = re.compile(
+    r"\bI (do not|don['\u2019]t|cannot|can['\u2019]t|can not) (know|say|tell|answer)\b|\bnever heard of\b", re.I
+)
 LATEX_FRACTION = re.compile(r"(\d)?\\[dt]?frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))", re.ASCII)
 LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 # LaTeX marks around numbers: thin spaces, commas in braces, degrees, signs that it would else read itself.
@@ -70,6 +73,11 @@ def answer_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
         messages = [message for message in completion if message.get("role", "assistant") == "assistant"]
         completion = (messages[-1].get("content") or "") if messages else ""
     return split_thoughts(completion)[1].strip()
+
+
+def admits_unknown(text: str) -> bool:
+    """Return whether a text says `I do not know` or the like: an answer that claims nothing."""
+    return bool(ADMITS.search(text))
 
 
 def final_answer(text: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hfllm.data.passages import without_citations
+from hfllm.data.thoughts import admits_unknown
 from hfllm.data.tokenizer import plain_text
 from hfllm.errors import InputError, check_positive, refuse_if
 from hfllm.generation.responses import best_by_reward, majority
@@ -44,9 +45,6 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'\u2019\u201d)\]])\s+|(?<=[\u
 _LIST_MARK = re.compile(r"^[^\S\n]*(?:\d+[.)]|[-*\u2022])\s+", re.MULTILINE)
 _POINTS = r"[.!?\u3002\uff01\uff1f]"
 _CITED_POINT = re.compile(rf"(?<!{_POINTS})({_POINTS}+)((?:\s*\[\d+(?:, ?\d+)*\])+)")
-_ADMITS = re.compile(
-    r"\bI (do not|don['\u2019]t|cannot|can['\u2019]t|can not) (know|say|tell|answer)\b|\bnever heard of\b", re.I
-)
 
 
 @dataclass(frozen=True)
@@ -90,11 +88,6 @@ def claims_of(answer: str) -> list[str]:
     """
     parts = _SENTENCE.split(_LIST_MARK.sub("", _citations_before_points(answer)))
     return [part for part in (without_citations(part).strip() for part in parts) if re.search(r"\w", part)]
-
-
-def admits_unknown(text: str) -> bool:
-    """Return whether a text says `I do not know` or the like: this is not a claim in need of support."""
-    return bool(_ADMITS.search(text))
 
 
 def contains(claims: Sequence[str], passages: Sequence[str]) -> list[float]:

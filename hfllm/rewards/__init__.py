@@ -1,5 +1,6 @@
 """Rewards with one signature, `(prompts, completions, **columns) -> list[float]`."""
 
+from hfllm.rewards.confidence import calibrated, split_confidence
 from hfllm.rewards.functions import (
     checked_by,
     checked_rewards,
@@ -33,6 +34,7 @@ __all__ = [
     "RewardEnsemble",
     "RewardModel",
     "TokenRewardModel",
+    "calibrated",
     "check_bias",
     "checked_by",
     "checked_rewards",
@@ -45,6 +47,7 @@ __all__ = [
     "measure_bias",
     "preference_rows",
     "reward_name",
+    "split_confidence",
     "step_rewards",
     "thinks",
     "thought_length_penalty",

@@ -49,6 +49,8 @@ BUILT_IN = {
     "right_answer": "hfllm.rewards.functions:right_answer",
     "shuffled_answer": "hfllm.rewards.functions:shuffled_answer",
     "shuffled_exact_match": "hfllm.rewards.functions:shuffled_exact_match",
+    "calibrated_match": "hfllm.rewards.confidence:calibrated_match",
+    "shuffled_calibrated_match": "hfllm.rewards.confidence:shuffled_calibrated_match",
 }
 
 

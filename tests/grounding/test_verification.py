@@ -4,11 +4,11 @@ import math
 
 import pytest
 
+from hfllm.data.thoughts import admits_unknown
 from hfllm.errors import InputError
 from hfllm.grounding.verification import (
     Claim,
     Revision,
-    admits_unknown,
     claims_of,
     contains,
     has_words,

@@ -7,6 +7,7 @@ from hfllm.errors import InputError
 from hfllm.trainers.ppo import episodes
 from hfllm.trainers.ppo import trainer as ppo
 from hfllm.trainers.ppo.formulas import kl_estimate
+from hfllm.trainers.ppo.rollout import sampling_logprobs
 
 
 def rows_of(dataset, count):
@@ -273,12 +274,12 @@ def test_what_another_engine_sampled_is_weighed(make_trainer, prompts):
 )
 def test_bad_logprobs_are_refused_by_place(logprobs, complaint):
     with pytest.raises(InputError) as error:
-        episodes.sampling_logprobs(logprobs, [[1, 1], [1, 1]], (2, 3), "rollout_func")
+        sampling_logprobs(logprobs, [[1, 1], [1, 1]], (2, 3), "rollout_func")
     assert complaint in str(error.value)
 
 
 def test_tokens_of_others_need_no_logprobs():
-    found = episodes.sampling_logprobs([[None, [-1.5, -9.0]], [-2.0]], [[0, 1], [1]], (2, 3), "vLLM")
+    found = sampling_logprobs([[None, [-1.5, -9.0]], [-2.0]], [[0, 1], [1]], (2, 3), "vLLM")
     assert found.tolist() == [[0, -1.5, 0], [-2, 0, 0]]
 
 

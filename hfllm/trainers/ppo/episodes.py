@@ -1,6 +1,5 @@
 """From episodes, partly written by an environment, to the training tensors of PPO."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from hfllm.environments.tools import Tool
 from hfllm.errors import InputError, refuse_if
 from hfllm.multimodal.processors import Pictures, ProcessingClass
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.rollout import pad_prompts
+from hfllm.trainers.ppo.rollout import pad_prompts, sampling_logprobs
 from hfllm.trainers.ppo.sampling import SampledLogprobs, TurnCaches
 
 if TYPE_CHECKING:
@@ -188,40 +187,6 @@ def from_rollout_func(
     if output.get("completions") is not None:
         batch["completions"] = list(output["completions"])
     return batch
-
-
-def sampling_logprobs(
-    logprobs: Sequence[Sequence[float | Sequence[float] | None]],
-    masks: Sequence[Sequence[int]],
-    shape: tuple[int, int],
-    origin: str,
-) -> torch.Tensor:
-    """Return log-probabilities (N, R) of the policy's tokens as they were sampled, 0 for others.
-
-    Args:
-        logprobs: a number for each token of a response, or a list that begins with it, as from vLLM.
-        masks: 1 for the tokens that the policy chose; those of others may have `None`.
-        origin: whose they are, for errors.
-
-    Raises:
-        InputError: for another count, or what is no log-probability.
-    """
-    result = torch.zeros(shape)
-    for row, (values, mask) in enumerate(zip(logprobs, masks, strict=True)):
-        if len(values) != len(mask):
-            raise InputError(f"{origin}, prompt {row}: {len(values)} logprobs for {len(mask)} completion_ids")
-        for at, (value, is_chosen) in enumerate(zip(values, mask, strict=True)):
-            value = value[0] if isinstance(value, (list, tuple)) and value else value
-            if not is_chosen:
-                continue
-            # Rounding may bring a probability a little above 1.
-            if not isinstance(value, (int, float)) or not -math.inf < value < 0.01:
-                raise InputError(
-                    f"{origin}, prompt {row}: logprobs has {value!r} for token {at}, which the policy chose; expected "
-                    "a finite number of at most 0"
-                )
-            result[row, at] = value
-    return result
 
 
 def _check(episode: Episode, origin: str, trainer: "ActorCriticTrainer") -> None:

@@ -7,7 +7,7 @@ import torch
 
 from hfllm.errors import InputError, refuse_if
 from hfllm.trainers.ppo.config import PPOConfig
-from hfllm.trainers.ppo.episodes import sampling_logprobs
+from hfllm.trainers.ppo.rollout import sampling_logprobs
 from hfllm.trainers.ppo.setup import UNMODIFIED_SAMPLING
 
 if TYPE_CHECKING:
