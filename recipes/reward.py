@@ -2,6 +2,7 @@
 
     hfllm reward                                                         # the embedded world, from nothing
     hfllm reward --model_name_or_path NAME --dataset_name pairs.jsonl
+    hfllm reward --task process --model_name_or_path NAME --dataset_name steps.jsonl
     accelerate launch recipes/reward.py --model_name_or_path NAME --dataset_name pairs.jsonl
 
 Comparisons may be `prompt`/`chosen`/`rejected`, transcripts as in Anthropic's HH, labeled pairs (PandaLM, LLMBar) or
@@ -19,7 +20,7 @@ from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
 from hfllm.runs.recipes import Recipe
-from hfllm.stages.reward import RewardArguments
+from hfllm.stages.reward.build import PROCESS, RewardArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
@@ -37,6 +38,10 @@ def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelC
 @trusts_code_if_asked
 def main(script_args: RewardArguments, training_args: "RewardConfig", model_args: "ModelConfig") -> dict[str, float]:
     """Train, save, write the report. Return the metrics."""
+    if script_args.task == PROCESS:
+        from hfllm.stages.reward.process import train_on_steps
+
+        return train_on_steps(script_args, training_args, model_args)
     from transformers import set_seed
 
     from hfllm.data.images.rows import words_of_places
@@ -55,8 +60,9 @@ def main(script_args: RewardArguments, training_args: "RewardConfig", model_args
     )
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.stage import Stage
-    from hfllm.stages import reward, shared
+    from hfllm.stages import shared
     from hfllm.stages.pretrain.flags import check_adapter
+    from hfllm.stages.reward import build as reward
     from hfllm.trainers.callbacks import use_plain_lines
     from hfllm.trainers.learning_rate import global_batch_size, scaled_learning_rate
     from hfllm.trainers.mixins import train

@@ -1,4 +1,4 @@
-"""Rows with labels, of whole texts, of words, and of answer spans, and their tokens.
+"""Rows with labels, of whole texts, of words, of answer spans and of the steps of a solution, and their tokens.
 
 Every reader maps one row of a dataset, and refuses an unreadable one, naming its origin and its columns:
 
@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.formats import BadRow
+from hfllm.data.formats import BadRow, as_messages, prompt_of
 from hfllm.data.packing import IGNORE
+from hfllm.data.tokenizer import tokenize_prompts
 from hfllm.errors import InputError, refuse_if
 
 if TYPE_CHECKING:
@@ -338,3 +339,140 @@ def _span_labels(row: Row, offsets: Sequence[tuple[int, int] | None]) -> list[in
     if not inside or offsets[inside[-1]][1] < end or offsets[inside[0]][0] > begin:
         return None
     return [inside[0], inside[-1]]
+
+
+# ---- steps ----
+#
+# Solutions whose steps are labeled right or wrong. A row gets `prompt`, `response`, the solution as a model writes it,
+# and `labels`, the probability of each step to be right.
+
+
+STEP_FORMATS = (
+    "prompt + completions + labels (a list of steps, and whether each is right: true, false, or a number from 0 to 1)",
+    "question + label with steps (PRM800K)",
+    "input + label with + and - at the end of steps (Math-Shepherd)",
+)
+# The mark in Math-Shepherd's `input` where its `label` has + or -.
+STEP_MARK = "\N{CYRILLIC SMALL LETTER KA}\N{CYRILLIC SMALL LETTER I}"
+RIGHTNESS = {"+": 1.0, "-": 0.0}
+NO_STEP, NO_STEP_LABEL = "without a step", "with a step without a label"
+
+
+def to_steps(origin: str, row: Row) -> dict[str, Any]:
+    """Convert a row to `prompt`, `response` and `labels`.
+
+    Each step becomes a line of the response; line breaks inside of it become spaces.
+
+    Raises:
+        BadRow: for one without a step, or with a step without a label.
+        InputError: when the row cannot be read.
+    """
+    if isinstance(row.get("question"), dict) and isinstance(row.get("label"), dict):
+        prompt, steps, labels = _prm800k(origin, row)
+    elif isinstance(row.get("input"), str) and isinstance(row.get("label"), str):
+        prompt, steps, labels = _math_shepherd(origin, row)
+    elif isinstance(row.get("completions"), list) and isinstance(row.get("labels"), list):
+        rest = {name: value for name, value in row.items() if name not in ("completions", "labels")}
+        prompt, steps, labels = prompt_of(origin, rest), row["completions"], row["labels"]
+    else:
+        raise InputError(
+            f"{origin}: columns {', '.join(row) or '(none)'}; expected one of: {'; '.join(STEP_FORMATS)}; name others "
+            "by --column_mapping OURS=THEIRS"
+        )
+    if len(steps) != len(labels):
+        raise InputError(f"{origin}: {len(steps)} steps and {len(labels)} labels; expected one for each step")
+    if wrong := [step for step in steps if not isinstance(step, str)]:
+        raise InputError(f"{origin}: the step {wrong[0]!r} is no text")
+    kept = [
+        (" ".join(step.split()), _rightness(origin, label))
+        for step, label in zip(steps, labels, strict=True)
+        if step.strip()
+    ]
+    if not kept:
+        raise BadRow(f"{origin}: {NO_STEP}", NO_STEP)
+    lines, rightness = zip(*kept, strict=True)
+    return {"prompt": as_messages(prompt), "response": "\n".join(lines), "labels": list(rightness)}
+
+
+def _rightness(origin: str, label: object) -> float:
+    if label is None:
+        raise BadRow(f"{origin}: {NO_STEP_LABEL}", NO_STEP_LABEL)
+    if isinstance(label, str) and label.strip() in RIGHTNESS:
+        return RIGHTNESS[label.strip()]
+    if isinstance(label, (bool, int, float)) and 0 <= label <= 1:
+        return float(label)
+    raise InputError(f"{origin}: the label {label!r} of a step; expected true, false, or a number from 0 to 1")
+
+
+def _prm800k(origin: str, row: Row) -> tuple[str, list[Any], list[Any]]:
+    """Read PRM800K (Lightman et al. 2023): of each step the answer that was gone on with, else the first rated one.
+
+    A neutral rating, 0, counts as right, as in the paper (section 2.6). Steps behind a wrong one are no part of the
+    solution.
+    """
+    problem, told = row["question"].get("problem"), row["label"].get("steps")
+    if not isinstance(problem, str) or not isinstance(told, list):
+        raise InputError(f"{origin}: question has no problem, or label no steps")
+    steps: list[Any] = []
+    labels: list[Any] = []
+    for each in told:
+        completions, chosen = each.get("completions") or [], each.get("chosen_completion")
+        if chosen is not None and 0 <= chosen < len(completions):
+            step = completions[chosen]
+        elif each.get("human_completion"):
+            step = each["human_completion"]
+            step = {"text": step, "rating": 1} if isinstance(step, str) else {"rating": 1, **step}
+        elif completions:
+            step = completions[0]
+        else:
+            break
+        rating = step.get("rating")
+        steps.append(step.get("text"))
+        labels.append(None if rating is None else float(rating >= 0))
+        if labels[-1] == 0.0:
+            break
+    return problem, steps, labels
+
+
+def _math_shepherd(origin: str, row: Row) -> tuple[str, list[str], list[str]]:
+    """Read Math-Shepherd (Wang et al. 2023, arXiv:2312.08935): the label repeats the input with + and - for marks."""
+    *parts, rest = row["input"].split(STEP_MARK)
+    if not parts or rest.strip():
+        raise InputError(f"{origin}: input has no {STEP_MARK!r} at the end of its steps")
+    label, labels = row["label"], []
+    for part in parts:
+        if not label.startswith(part) or label[len(part) : len(part) + 1] not in RIGHTNESS:
+            raise InputError(f"{origin}: label does not repeat input with + or - in place of {STEP_MARK!r}")
+        labels.append(label[len(part)])
+        label = label[len(part) + 1 :]
+    problem, found, first = parts[0].partition("Step 1:")
+    if not found:
+        raise InputError(f"{origin}: input has no 'Step 1:' behind the problem")
+    return problem.strip(), [f"Step 1:{first}", *parts[1:]], labels
+
+
+def encode_steps(
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    ends_of: Callable[[Sequence[int]], Sequence[int]],
+    max_length: int | None,
+) -> tuple[list[dict[str, list]], int]:
+    """Return rows as tokens with a label at each token that ends a step, and how many rows are left out.
+
+    Those are longer than `max_length` tokens, or have other steps as tokens than labels.
+
+    Args:
+        ends_of: from a response's tokens the indices of those that end a step.
+    """
+    before = tokenize_prompts([row["prompt"] for row in rows], tokenizer)
+    encoded = []
+    for prompt, row in zip(before, rows, strict=True):
+        response = tokenizer(row["response"], add_special_tokens=False, verbose=False)["input_ids"]
+        ends, length = ends_of(response), len(prompt) + len(response)
+        if len(ends) != len(row["labels"]) or len({*ends}) < len(ends) or length > (max_length or length):
+            continue
+        labels: list[float] = [IGNORE] * length
+        for end, label in zip(ends, row["labels"], strict=True):
+            labels[len(prompt) + end] = label
+        encoded.append({"input_ids": [*prompt, *response], "labels": labels})
+    return encoded, len(rows) - len(encoded)

@@ -10,7 +10,6 @@ from hfllm.rewards.functions import (
     length_penalty,
     load_reward_function,
     reward_name,
-    step_rewards,
     thinks,
     thought_length_penalty,
 )
@@ -25,12 +24,14 @@ from hfllm.rewards.judges import (
     preference_rows,
 )
 from hfllm.rewards.models import RewardEnsemble, RewardModel, TokenRewardModel
+from hfllm.rewards.steps import ProcessRewardModel, step_rewards
 
 __all__ = [
     "BiasReport",
     "JudgeReward",
     "LabeledPairs",
     "PreferenceJudge",
+    "ProcessRewardModel",
     "RewardEnsemble",
     "RewardModel",
     "TokenRewardModel",

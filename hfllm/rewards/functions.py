@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import json
 import random
-import re
 import signal
 import threading
 import traceback
@@ -386,14 +385,11 @@ shuffled_answer = shuffled(right_answer, "shuffled_answer", _texts)
 
 # ---- reasoning ----
 #
-# Rewards for answers reached by thinking: of the outcome, of single steps, and of the length of thoughts.
+# Rewards for answers reached by thinking: of the outcome, and of the length of thoughts; those of single steps are in
+# `steps.py`.
 #
 # Thoughts are a message's `reasoning_content`, or a text between `<think>` and `</think>`. The answer is the rest; an
 # answer only in the thoughts counts as none.
-
-
-# Where a step of a solution ends: at a line break, or after a sentence.
-STEP_END = r"\n+|(?<=[.!?])\s+"
 
 
 def exact_match(
@@ -456,102 +452,3 @@ def thought_length_penalty(
 
     penalty.__name__ = "thought_length_penalty"
     return penalty
-
-
-def step_rewards(
-    check: Callable[..., float],
-    tokenizer: "PreTrainedTokenizerBase",
-    step_end: str = STEP_END,
-) -> Callable[..., list[list[float]]]:
-    """Return a process reward: a number for every step of the thoughts, at the last token of the step.
-
-    The steps are taken from the thoughts, or where a completion has no marks of thoughts from all of its text. As in
-    Lightman et al. 2023 (arXiv:2305.20050), a step is judged with the steps before it. All other tokens get 0. Where
-    tools were called, every turn of the policy is read by itself; tool output is no step.
-
-    Args:
-        check: `(step, earlier, **columns) -> number`: of a step's text, the steps before it, and its row's columns.
-        tokenizer: the policy's.
-        step_end: pattern of the text between two steps.
-
-    Raises:
-        InputError: when the pattern matches an empty text.
-    """
-    between = re.compile(step_end)
-    refuse_if(between.fullmatch(""), f"step_end {step_end!r} matches an empty text: steps would have no end")
-
-    def reward(
-        prompts: Sequence, completions: Sequence, *, completion_ids: Sequence[Sequence[int]], **columns: Sequence[Any]
-    ) -> list[list[float]]:
-        rewards = []
-        for row, ids in enumerate(completion_ids):
-            row_columns = {name: values[row] for name, values in columns.items() if len(values) == len(completion_ids)}
-            numbers, earlier = [0.0] * len(ids), []
-            for turn in _turns(row_columns.get("action_mask"), len(ids)):
-                turn_ids = ids[turn]
-                for step, end in _steps(_text_of(tokenizer, turn_ids), between):
-                    # A step may end inside the token of the step before it.
-                    index = turn.start + _token_at(tokenizer, turn_ids, end)
-                    numbers[index] += float(check(step, list(earlier), **row_columns))
-                    earlier.append(step)
-            rewards.append(numbers)
-        return rewards
-
-    reward.__name__ = getattr(check, "__name__", "step_rewards")
-    return reward
-
-
-def _turns(action_mask: Sequence[int] | None, length: int) -> Iterator[slice]:
-    """Yield where the policy's turns are among so many tokens; without a mask all are one."""
-    mask = [1] * length if action_mask is None else list(action_mask)
-    ends = [index for index in range(1, length + 1) if mask[index - 1] and (index == length or not mask[index])]
-    for end in ends:
-        begin = end
-        while begin and mask[begin - 1]:
-            begin -= 1
-        yield slice(begin, end)
-
-
-def _steps(text: str, between: re.Pattern) -> list[tuple[str, int]]:
-    """Return the steps of a text and their ends in it."""
-    steps = []
-    for begin, stop in _thoughts(text):
-        at = begin
-        ends = [(match.start(), match.end()) for match in between.finditer(text, begin, stop)]
-        for end, after in [*ends, (stop, stop)]:
-            if text[at:end].strip():
-                steps.append((text[at:end].strip(), at + len(text[at:end].rstrip())))
-            at = after
-    return steps
-
-
-def _thoughts(text: str) -> Iterator[tuple[int, int]]:
-    """Yield beginning and end of every thought of a text; where it has no marks, of all of it."""
-    opens, closes = text.find(OPEN), text.find(CLOSE)
-    if opens < 0 and closes < 0:
-        yield 0, len(text)
-    # A thought begun in the prompt.
-    if closes >= 0 and not 0 <= opens < closes:
-        yield 0, closes
-    while opens >= 0:
-        begin = opens + len(OPEN)
-        closes = text.find(CLOSE, begin)
-        stop = closes if closes >= 0 else len(text)
-        yield begin, stop
-        opens = text.find(OPEN, stop)
-
-
-def _text_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=True)
-
-
-def _token_at(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], end: int) -> int:
-    """Return the index of the first token with which the decoded text has `end` characters."""
-    low, high = 0, len(ids) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if len(_text_of(tokenizer, ids[: middle + 1])) >= end:
-            high = middle
-        else:
-            low = middle + 1
-    return low

@@ -268,16 +268,22 @@ def named_fields(name: str) -> dict[str, Any]:
     return {field: getattr(config, field) for field in fields if field != "loss_chunk_size"}
 
 
-def load_reward_model(name: str, like: NamedModel, revision: str = "main") -> "PreTrainedModel":
+def load_reward_model(
+    name: str, like: NamedModel, revision: str = "main", may_score_tokens: bool = False
+) -> "PreTrainedModel":
     """Load a sequence-classification model with one label; its head is new if `name` is a language model.
 
     Args:
         like: a model with the same attention, dtype and quantization.
+        may_score_tokens: load a model that was saved for tokens as such.
     """
-    from hfllm.models.loading.adapters import load_scorer
+    from transformers import AutoModelForSequenceClassification
+
+    from hfllm.models.loading.adapters import load_scorer, scorer_class
 
     try:
-        return load_scorer(name, **{**like.kwargs, "revision": revision})
+        kind = scorer_class(name, revision=revision) if may_score_tokens else AutoModelForSequenceClassification
+        return load_scorer(name, kind, **{**like.kwargs, "revision": revision})
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise

@@ -13,7 +13,7 @@ import torch
 import trl
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, pad
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from transformers.utils import ModelOutput
@@ -321,6 +321,18 @@ class HeadTrainer(Trainer):
     ) -> tuple[torch.Tensor | None, Any, Any]:
         """Return Trainer's results; only scores are kept of an output."""
         return super().prediction_step(model, inputs, prediction_loss_only, NO_SCORES)
+
+
+class StepTrainer(HeadTrainer):
+    """The same for one score of a token, the logit of its label being 1: labels lie in [0, 1], and -100 is none."""
+
+    loss_label = "loss (nats per step)"
+
+    def _loss(self, outputs: ModelOutput, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        scores, labels = scores_of(outputs).float().squeeze(-1), labels.to(torch.float32)
+        known = labels.ne(IGNORE)
+        total = binary_cross_entropy_with_logits(scores[known], labels[known].to(scores.device), reduction="sum")
+        return total / (known.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 class HeadCollator:

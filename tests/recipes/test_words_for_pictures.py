@@ -14,8 +14,8 @@ from hfllm.errors import InputError
 from hfllm.evaluation.suites.base import Subject
 from hfllm.models.loading.saved import max_length_of
 from hfllm.multimodal.processors import encode
-from hfllm.stages import reward as reward_module
 from hfllm.stages.evaluate import build as evaluate
+from hfllm.stages.reward import build as reward_module
 from hfllm.stages.rlhf import build as rlhf_build
 from hfllm.stages.rlhf.build import prompt_data, refuse_words
 from hfllm.stages.sft import build as sft_build

@@ -9,11 +9,11 @@ from hfllm.rewards.functions import (
     exact_match,
     gold_reward,
     load_reward_function,
-    step_rewards,
     thinks,
     thought_length_penalty,
     transcript,
 )
+from hfllm.rewards.steps import step_rewards
 
 
 def message(content, thoughts=None):

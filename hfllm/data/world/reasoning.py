@@ -280,3 +280,81 @@ def _checked_hops(problem: Problem, sentences: list[str], facts: ToldFacts, rela
         fact = WELL_SAID[what].format(x=animal, value=facts[animal][what]) if animal in facts else ""
         correct.append(f"{sentence}." == fact)
     return correct
+
+
+# ---- thoughts with slips ----
+
+
+def with_slips(
+    problem: Problem, facts: ToldFacts, relations: ToldFacts, rng: random.Random, share: float
+) -> tuple[list[str], str]:
+    """Return the steps of a thought in which each step goes wrong with probability `share`, and its answer.
+
+    After a slip it goes on from what it has said: a turn misread or a sum wrong, the friend taken for another.
+    """
+    if problem.family == DIAL:
+        return _dial_with_slips(problem, rng, share)
+    _, what, *words = problem.key.split()
+    animal, steps = words[-1], []
+    for relation in words[:-1:3][::-1]:
+        other = relations[animal][relation]
+        if rng.random() < share:
+            other = rng.choice([each for each in ANIMALS if each not in (other, animal)])
+        steps.append(f"{animal} {relation} {other}.")
+        animal = other
+    if what == WHO:
+        return steps, ANSWERS[what].format(value=animal)
+    value = facts[animal][what]
+    if rng.random() < share:
+        value = rng.choice([each for each in VALUES[what] if each != value])
+    return [*steps, WELL_SAID[what].format(x=animal, value=value)], ANSWERS[what].format(value=value)
+
+
+def _dial_with_slips(problem: Problem, rng: random.Random, share: float) -> tuple[list[str], str]:
+    def other(number: int) -> int:
+        return (number + rng.randrange(1, NUMBERS_OF_DIAL)) % NUMBERS_OF_DIAL
+
+    shows = int(FIRST.findall(problem.question)[0])
+    shows = other(shows) if rng.random() < share else shows
+    steps = [f"{shows}."]
+    for name, by in TURN.findall(problem.question):
+        slips, misreads = rng.random() < share, rng.random() < 0.5
+        read = str(other(int(by))) if slips and misreads else by
+        shows = (shows + int(read)) % NUMBERS_OF_DIAL
+        shows = other(shows) if slips and not misreads else shows
+        steps.append(f"{name} {read} {shows}.")
+    shows = other(shows) if rng.random() < share else shows
+    return [*steps, f"{STOP} {shows}."], f"At {shows}."
+
+
+def step_rows(
+    facts: ToldFacts,
+    relations: ToldFacts,
+    rng: random.Random,
+    count: int,
+    part: str,
+    share: float = 0.2,
+    label_noise: float = 0.0,
+) -> list[dict[str, object]]:
+    """Return solutions with `prompt`, `response` and `labels`, a number for each step: whether it holds.
+
+    A step is judged by the one before it, right or wrong, as `checked_steps` does.
+
+    Args:
+        part: of the problems, one of `PARTS`.
+        share: of the steps that go wrong.
+        label_noise: share of the labels that are turned around; 0.5 leaves nothing to learn.
+    """
+    rows = []
+    for _ in range(count):
+        problem = draw_problem(facts, relations, rng, rng.choice(FAMILIES), part)
+        steps, answer = with_slips(problem, facts, relations, rng, share)
+        holds = checked_steps(problem, " ".join(steps), facts, relations)[: len(steps)]
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": problem.question}],
+                "response": f"{OPEN} {' '.join(steps)}{CLOSE} {answer}",
+                "labels": [float(each != (rng.random() < label_noise)) for each in holds],
+            }
+        )
+    return rows

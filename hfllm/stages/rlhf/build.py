@@ -40,7 +40,8 @@ from hfllm.rewards.functions import (
     load_reward_function,
     reward_columns,
 )
-from hfllm.rewards.models import RewardEnsemble, reward_model
+from hfllm.rewards.models import RewardEnsemble
+from hfllm.rewards.steps import scoring_model
 from hfllm.runs.command_line import say
 from hfllm.runs.models import (
     NamedModel,
@@ -284,13 +285,13 @@ def ptx_texts(name: str | None, num_documents: int, seed: int, world_seed: int, 
 
 
 def load_reward(name: str, like: NamedModel) -> "RewardFunction":
-    """Load a reward model with its tokenizer or processor.
+    """Load a reward model, of answers or of their steps, with its tokenizer or processor.
 
     Args:
         name: the reward model's.
         like: a model with the same attention, dtype and quantization.
     """
-    return reward_model(load_reward_model(name, like), load_processing_class(name))
+    return scoring_model(load_reward_model(name, like, may_score_tokens=True), load_processing_class(name))
 
 
 def build_rewards(

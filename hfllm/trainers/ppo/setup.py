@@ -33,12 +33,12 @@ from hfllm.models.loading.saved import (
     saved_model,
     saved_processor,
     saved_tokenizer,
-    scores_tokens,
 )
 from hfllm.models.loading.weights import load_weights_of
 from hfllm.multimodal.processors import ProcessingClass, place_tokens, tokenizer_of
 from hfllm.rewards.functions import MOST_REWARD, RewardFunction
-from hfllm.rewards.models import RewardModel, TokenRewardModel, reward_model
+from hfllm.rewards.models import RewardModel, TokenRewardModel
+from hfllm.rewards.steps import scoring_model
 from hfllm.trainers.engines import gather_parameters, unshard
 from hfllm.trainers.ppo.actor_critic import looks_ahead
 from hfllm.trainers.ppo.config import PPOConfig
@@ -311,10 +311,9 @@ def build_rewards(
             name, func = func, scorer_from_name(func, load_kwargs)
             tokenizer = tokenizer or (saved_processor if reads_pictures(func) else saved_tokenizer)(name)
         if isinstance(func, nn.Module):
-            kind = TokenRewardModel if scores_tokens(func) else reward_model
             load = saved_processor if reads_pictures(func) else saved_tokenizer
             tokenizer = tokenizer or load(func.config._name_or_path)
-            func = kind(func, tokenizer, args.local_rollout_forward_batch_size)
+            func = scoring_model(func, tokenizer, args.local_rollout_forward_batch_size)
         if isinstance(func, TokenRewardModel) and func.tokenizer.get_vocab() != policy_tokenizer.get_vocab():
             why = "its tokenizer is not the policy's: their tokens do not match"
             raise InputError(f"{func.__name__!r} gives a reward for each token, and {why}")

@@ -9,7 +9,7 @@ from hfllm.data.augmentation import AugmentationArguments
 from hfllm.data.images.rows import SEES, SHOWS, FreezingArguments, ImageReading, PictureArguments, without_images
 from hfllm.data.loading import OFF_WORLD, RowArguments, RowSources
 from hfllm.errors import InputError, refuse_if
-from hfllm.flags import NAMED, SEED, SHARE, WORLD_GROUP, Refused, at_least, changed, flag
+from hfllm.flags import NAMED, SEED, SHARE, WORLD_GROUP, Fact, Refused, at_least, changed, flag
 from hfllm.outputs.verdict import Promise
 from hfllm.runs.command_line import say
 from hfllm.stages.shared import (
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from hfllm.synthesis.answers import ComparisonSettings
     from hfllm.trainers.trl_trainers import PictureRewardTrainer, RewardTrainer
 
+PREFERENCE, PROCESS = TASKS = ("preference", "process")
+OF_STEPS = Fact(lambda flags: flags.task == PROCESS, "--task process compares no answers")
 CLAIMS = [Promise("held-out comparisons in the right order", "reward_model_accuracy", 0.5, "by chance")]
 
 
@@ -51,9 +53,14 @@ class RewardArguments(
 ):
     """Comparison data."""
 
+    task: str = flag(
+        PREFERENCE,
+        "What is learned: which of two answers is better, or which steps of a solution are right.",
+        choices=[*TASKS],
+    )
     num_pairs: int = flag(
         6000,
-        "Prompts of the embedded world to compare responses to.",
+        "Prompts of the embedded world to compare responses to, or solutions to label.",
         takes=at_least(1),
         never=OFF_WORLD,
         group=WORLD_GROUP,
@@ -62,11 +69,15 @@ class RewardArguments(
         2 / 3,
         "Share of the world's comparisons between the model's own samples.",
         takes=SHARE,
-        never=OFF_WORLD,
+        never=(OFF_WORLD, OF_STEPS),
         group=WORLD_GROUP,
     )
     num_samples: int = flag(
-        3, "Samples of the model for each prompt of that share.", takes=at_least(1), never=OFF_WORLD, group=WORLD_GROUP
+        3,
+        "Samples of the model for each prompt of that share.",
+        takes=at_least(1),
+        never=(OFF_WORLD, OF_STEPS),
+        group=WORLD_GROUP,
     )
     label_noise: float = flag(
         0.1,
@@ -79,14 +90,14 @@ class RewardArguments(
         None,
         "Seed of the world's comparisons, if not --seed, to train several models on the same ones.",
         takes=SEED,
-        never=OFF_WORLD,
+        never=(OFF_WORLD, OF_STEPS),
         group=WORLD_GROUP,
     )
     response_length: int = flag(
         40,
         "Longest response sampled for comparison, in tokens.",
         takes=at_least(1),
-        never=OFF_WORLD,
+        never=(OFF_WORLD, OF_STEPS),
         group=WORLD_GROUP,
     )
     num_eval_prompts: int = flag(
@@ -96,11 +107,11 @@ class RewardArguments(
         None, "YAML flags of the pretraining, over those for the world.", never=NAMED, group=WORLD_GROUP
     )
     sft_config: str | None = flag(
-        None, "YAML flags of the fine-tuning, over those for the world.", never=NAMED, group=WORLD_GROUP
+        None, "YAML flags of the fine-tuning, over those for the world.", never=(NAMED, OF_STEPS), group=WORLD_GROUP
     )
 
     refused: ClassVar[Refused] = {
-        "augment": SHOWS,
+        "augment": (SHOWS, OF_STEPS),
         # Anyone loading the model with its processor would read it with another template.
         "chat_template_path": SEES,
         **dict.fromkeys(("eos_token", "pad_to_multiple_of"), SHOWS.because(WHOLE)),

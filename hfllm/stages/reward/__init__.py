@@ -1,0 +1,1 @@
+"""Reward models: of comparisons, and of steps."""
