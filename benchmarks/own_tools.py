@@ -18,11 +18,13 @@ from pathlib import Path
 
 from transformers.utils import get_json_schema
 
+from hfllm.data.tokenizer import set_chat_template
 from hfllm.environments.tools import calculator, lookup_in
 from hfllm.outputs.figures import shown
+from hfllm.runs.models import NamedModel, load_policy
 from hfllm.runs.recipes import load_recipe
 
-CALLS, DIRECT = "calls", "direct"
+CALLS, DIRECT, BASE = "calls", "direct", "base"
 PEOPLE, HELD_OUT_PEOPLE = 160, 40
 DETAILS = {
     "city": ("Lyon", "Oslo", "Lima", "Cairo", "Porto", "Kyoto", "Quito", "Turin", "Ghent", "Leeds"),
@@ -143,6 +145,18 @@ def recipe(name: str, *words: object) -> dict[str, float]:
     return module.main(*module.parse([str(word) for word in words]))
 
 
+def base_with_calls(args: argparse.Namespace) -> Path:
+    """Return the model as it was, with the chat template that the others learn, which can write calls."""
+    folder = Path(args.output_dir, BASE)
+    # Written last.
+    if not (folder / "tokenizer_config.json").is_file():
+        policy, tokenizer = load_policy(NamedModel(args.model_name_or_path))
+        set_chat_template(tokenizer, "own")
+        policy.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
 def run(args: argparse.Namespace, seed: int) -> dict[str, float]:
     """Train both models of one seed, and return the figures of the three."""
     folder = Path(args.output_dir, f"seed_{seed}")
@@ -152,12 +166,12 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, float]:
         words = ["--model_name_or_path", args.model_name_or_path, "--dataset_name", folder / f"{name}.jsonl"]
         words += ["--chat_template_path", "own", "--seed", seed, "--output_dir", folder / name]
         recipe("sft", *words, *(["--config", args.config] if args.config else []))
-    models = [folder / CALLS, folder / DIRECT, args.model_name_or_path]
+    models = [folder / CALLS, folder / DIRECT, base_with_calls(args)]
     words = ["--dataset_name", folder / "questions.jsonl", "--tools", "calculator", f"lookup:{folder / 'table.json'}"]
     return recipe("evaluate", "--model_name_or_path", *models, *words, "--output_dir", folder / "evaluate")
 
 
-def table_of(results: dict[int, dict[str, float]], base: str) -> str:
+def table_of(results: dict[int, dict[str, float]]) -> str:
     """Return a table with a row for each figure and model, and a column for each seed."""
     lines = [f"| asked | figure | model | {' | '.join(f'seed {seed}' for seed in results)} |"]
     lines.append("| - " * (3 + len(results)) + "|")
@@ -167,7 +181,7 @@ def table_of(results: dict[int, dict[str, float]], base: str) -> str:
     ]
     for group, figure in figures:
         slug = group.replace(" ", "_").replace("(", "").replace(")", "")
-        for model in (CALLS, DIRECT, base):
+        for model in (CALLS, DIRECT, BASE):
             name = f"tools/{slug}/{figure}/{model}"
             cells = [shown(each, name) if name in each else "-" for each in results.values()]
             lines.append(f"| {group} | {figure} | {model} | {' | '.join(cells)} |")
@@ -184,8 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=120, help="Held-out questions, a third of each kind.")
     parser.add_argument("--config", help="YAML flags of both runs of fine-tuning.")
     args = parser.parse_args(argv)
-    base = Path(args.model_name_or_path).name
-    print(table_of({seed: run(args, seed) for seed in args.seeds}, base))
+    print(table_of({seed: run(args, seed) for seed in args.seeds}))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hfllm.runs.command_line import parse_recipe, run, world_settings
+from hfllm.runs.command_line import parse_recipe, run
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
 from hfllm.runs.recipes import Recipe
-from hfllm.stages.reward.build import PROCESS, RewardArguments
+from hfllm.stages.reward.build import PROCESS, RewardArguments, default_settings
 
 if TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
@@ -31,7 +31,7 @@ RECIPE = Recipe(makes="a reward model", needs={"model_name_or_path": "sft"}, min
 def parse(argv: Sequence[str]) -> tuple[RewardArguments, "RewardConfig", "ModelConfig"]:
     """Read the flags; without your own model the defaults are the embedded world's settings."""
     library = ("trl.RewardConfig", "trl.ModelConfig")
-    return parse_recipe(argv, __doc__, RewardArguments, library, "outputs/reward", world_settings("reward"))
+    return parse_recipe(argv, __doc__, RewardArguments, library, "outputs/reward", default_settings)
 
 
 @releases_folders

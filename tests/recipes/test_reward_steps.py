@@ -77,3 +77,12 @@ def test_on_the_world_steps_of_held_out_problems_are_judged(base, tmp_path):
 def test_flags_of_comparisons_are_refused(saved, tmp_path, flags, complaint):
     with pytest.raises((InputError, SystemExit, ValueError), match=complaint):
         run(saved, tmp_path / "out", "--dataset_name", "world", *flags)
+
+
+def test_the_worlds_steps_have_settings_of_their_own():
+    script_args, training_args, _ = reward.parse(["--task", "process"])
+    assert (script_args.label_noise, training_args.num_train_epochs, script_args.use_muon) == (0.0, 2, True)
+    script_args, _, _ = reward.parse(["--task", "process", "--use_peft"])
+    assert not script_args.use_muon
+    script_args, _, _ = reward.parse([])
+    assert script_args.label_noise == 0.1

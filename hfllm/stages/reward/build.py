@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfllm.data.augmentation import AugmentationArguments
@@ -12,6 +13,7 @@ from hfllm.errors import InputError, refuse_if
 from hfllm.flags import NAMED, SEED, SHARE, WORLD_GROUP, Fact, Refused, at_least, changed, flag
 from hfllm.outputs.verdict import Promise
 from hfllm.runs.command_line import say
+from hfllm.runs.recipes import settings_for_the_world
 from hfllm.stages.shared import (
     NOT_CUT,
     WHOLE,
@@ -132,6 +134,13 @@ class RewardArguments(
             seed=seed if self.comparison_seed is None else self.comparison_seed,
             augment=self.augment,
         )
+
+
+def default_settings(provided: Mapping[str, Any]) -> list[Path]:
+    """Return the settings of the embedded world's model, by what is learned; none where a model is named."""
+    if provided.get("model_name_or_path"):
+        return []
+    return settings_for_the_world("reward_steps" if provided.get("task") == PROCESS else "reward", provided)
 
 
 def user_comparisons(
