@@ -279,7 +279,7 @@ def test_bad_logprobs_are_refused_by_place(logprobs, complaint):
 
 
 def test_tokens_of_others_need_no_logprobs():
-    found = sampling_logprobs([[None, [-1.5, -9.0]], [-2.0]], [[0, 1], [1]], (2, 3), "vLLM")
+    found = sampling_logprobs([[None, [-1.5, -9.0]], [torch.tensor(-2.0)]], [[0, 1], [1]], (2, 3), "vLLM")
     assert found.tolist() == [[0, -1.5, 0], [-2, 0, 0]]
 
 

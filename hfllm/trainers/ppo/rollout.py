@@ -209,9 +209,11 @@ def sampling_logprobs(
         if len(values) != len(mask):
             raise InputError(f"{origin}, prompt {row}: {len(values)} logprobs for {len(mask)} completion_ids")
         for at, (value, is_chosen) in enumerate(zip(values, mask, strict=True)):
-            value = value[0] if isinstance(value, (list, tuple)) and value else value
             if not is_chosen:
                 continue
+            value = value[0] if isinstance(value, (list, tuple)) and value else value
+            # A number of numpy or torch.
+            value = value.item() if hasattr(value, "item") else value
             # Rounding may bring a probability a little above 1.
             if not isinstance(value, (int, float)) or not -math.inf < value < 0.01:
                 raise InputError(

@@ -203,6 +203,9 @@ class PPOTrainer(ActorCriticTrainer):
             episodes.check_engine(self, "tools")
         if args.dynamic_sampling_rounds:
             episodes.check_engine(self, "dynamic_sampling_rounds")
+            if self.environment is not None and args.deepspeed_plugin is not None:
+                # Its processes count their images together whenever they sample.
+                raise InputError("dynamic_sampling_rounds with tools and DeepSpeed: use DDP")
         self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.completions: list[dict[str, Any]] = []
         self._has_said_gap = False
@@ -351,7 +354,7 @@ class PPOTrainer(ActorCriticTrainer):
             self._metrics[f"importance_sampling/{name}"].append(values)
         if is_chosen.sum() > 1:
             self._metrics["importance_sampling/weight_std"].append(weights[is_chosen].std().view(1))
-        mean = self._mean_over_processes([gap])
+        mean = gap.mean().item() if len(gap) else 0.0
         if mean > WIDEST_GAP and not self._has_said_gap:
             self._has_said_gap = True
             warnings.warn(
