@@ -66,15 +66,15 @@ def is_sharded(provided: Mapping[str, Any]) -> bool:
     return by_accelerate or bool(provided.get("fsdp") or provided.get("deepspeed"))
 
 
-def settings_for_the_world(name: str, provided: Mapping[str, Any]) -> list[Path]:
-    """Return the YAML files of a recipe's settings on the embedded world.
+def settings_for_the_world(name: str, provided: Mapping[str, Any], file: str = "world") -> list[Path]:
+    """Return the YAML files of a recipe's settings on the embedded world, `file` and that by AdamW.
 
     Where those say Muon, and it cannot be used, the last file puts AdamW in its place: for split matrices, adapters,
     and where the user names an optimizer.
     """
     by_adamw = is_sharded(provided) or bool(provided.get("optim") or provided.get("use_peft"))
-    instead = settings_file(f"{name}/world_adamw.yaml")
-    return [settings_file(f"{name}/world.yaml"), *([instead] if by_adamw and instead.is_file() else [])]
+    instead = settings_file(f"{name}/{file}_adamw.yaml")
+    return [settings_file(f"{name}/{file}.yaml"), *([instead] if by_adamw and instead.is_file() else [])]
 
 
 def settings_file(name: str) -> Path:

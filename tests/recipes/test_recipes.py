@@ -267,7 +267,7 @@ def test_reward_functions_are_tried_with_what_the_trainer_gives_them():
 def test_what_the_policy_is_loaded_by_stays_with_it(monkeypatch):
     loaded = {}
     monkeypatch.setattr(
-        "hfllm.models.loading.adapters.load_scorer", lambda name, **kwargs: loaded.update({name: kwargs})
+        "hfllm.models.loading.adapters.load_scorer", lambda name, kind, **kwargs: loaded.update({name: kwargs})
     )
     flags = ["--model_name_or_path", "my/policy", "--model_revision", "v2", "--use_peft", "--load_in_8bit"]
     script_args, training_args, model_args = rlhf.parse([*flags, "--value_model", "my/critic"])

@@ -140,7 +140,7 @@ def default_settings(provided: Mapping[str, Any]) -> list[Path]:
     """Return the settings of the embedded world's model, by what is learned; none where a model is named."""
     if provided.get("model_name_or_path"):
         return []
-    return settings_for_the_world("reward_steps" if provided.get("task") == PROCESS else "reward", provided)
+    return settings_for_the_world("reward", provided, "steps" if provided.get("task") == PROCESS else "world")
 
 
 def user_comparisons(
