@@ -11,6 +11,7 @@ All rows get `prompt`, the key for splitting off a held-out part: rows with the 
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -355,6 +356,8 @@ STEP_FORMATS = (
 # The mark in Math-Shepherd's `input` where its `label` has + or -.
 STEP_MARK = "\N{CYRILLIC SMALL LETTER KA}\N{CYRILLIC SMALL LETTER I}"
 RIGHTNESS = {"+": 1.0, "-": 0.0}
+UNMARKED, UNLIKE = "with a last step without a mark", "whose label does not repeat its input"
+NO_BEGINNING = "without 'Step 1:' behind the problem"
 NO_STEP, NO_STEP_LABEL = "without a step", "with a step without a label"
 
 
@@ -416,16 +419,20 @@ def _prm800k(origin: str, row: Row) -> tuple[str, list[Any], list[Any]]:
     steps: list[Any] = []
     labels: list[Any] = []
     for each in told:
+        each = each if isinstance(each, dict) else {}
         completions, chosen = each.get("completions") or [], each.get("chosen_completion")
-        if chosen is not None and 0 <= chosen < len(completions):
+        if isinstance(chosen, int) and 0 <= chosen < len(completions):
             step = completions[chosen]
         elif each.get("human_completion"):
             step = each["human_completion"]
-            step = {"text": step, "rating": 1} if isinstance(step, str) else {"rating": 1, **step}
+            # A person has written it, as right, and no rating beside it.
+            step = {"text": step, "rating": 1} if isinstance(step, str) else {**step, "rating": 1}
         elif completions:
             step = completions[0]
         else:
             break
+        if not isinstance(step, dict) or not isinstance(step.get("rating"), (int, type(None))):
+            raise InputError(f"{origin}: the step {step!r} has no text with a rating of -1, 0 or 1")
         rating = step.get("rating")
         steps.append(step.get("text"))
         labels.append(None if rating is None else float(rating >= 0))
@@ -437,18 +444,20 @@ def _prm800k(origin: str, row: Row) -> tuple[str, list[Any], list[Any]]:
 def _math_shepherd(origin: str, row: Row) -> tuple[str, list[str], list[str]]:
     """Read Math-Shepherd (Wang et al. 2023, arXiv:2312.08935): the label repeats the input with + and - for marks."""
     *parts, rest = row["input"].split(STEP_MARK)
-    if not parts or rest.strip():
+    if not parts:
         raise InputError(f"{origin}: input has no {STEP_MARK!r} at the end of its steps")
+    if rest.strip():
+        raise BadRow(f"{origin}: {UNMARKED}", UNMARKED)
     label, labels = row["label"], []
     for part in parts:
         if not label.startswith(part) or label[len(part) : len(part) + 1] not in RIGHTNESS:
-            raise InputError(f"{origin}: label does not repeat input with + or - in place of {STEP_MARK!r}")
+            raise BadRow(f"{origin}: {UNLIKE} (+ or - in place of {STEP_MARK!r})", UNLIKE)
         labels.append(label[len(part)])
         label = label[len(part) + 1 :]
-    problem, found, first = parts[0].partition("Step 1:")
-    if not found:
-        raise InputError(f"{origin}: input has no 'Step 1:' behind the problem")
-    return problem.strip(), [f"Step 1:{first}", *parts[1:]], labels
+    begin = re.search(r"\bstep 1:", parts[0], re.I)
+    if begin is None:
+        raise BadRow(f"{origin}: {NO_BEGINNING}", NO_BEGINNING)
+    return parts[0][: begin.start()].strip(), [parts[0][begin.start() :], *parts[1:]], labels
 
 
 def encode_steps(

@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfllm.data.thoughts import admits_unknown, answer_of
-from hfllm.rewards.calls import taken
+from hfllm.data.formats import content_text
+from hfllm.data.thoughts import CLOSE, OPEN, admits_unknown, answer_of
+from hfllm.rewards.calls import is_async, taken
 from hfllm.rewards.functions import (
     LOG_EXTRA,
     LOG_METRIC,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
 _STATED = re.compile(
-    r"(?:<confidence>\s*|\bconfidence\b\s*(?:is|:|=|of)?\s*)(\d+(?:\.\d+)?|\.\d+)\s*(%)?\s*(?:</confidence>)?[)\].]*",
+    r"(?:<confidence>\s*|\bconfidence\b\s*(?:is|:|=|of)?\s*)(\d+(?:\.\d+)?|\.\d+)(?![\d.,/-]*\d)\s*(%)?\s*(?:</confidence>)?[)\].]*",
     re.I | re.ASCII,
 )
 
@@ -58,8 +59,10 @@ def calibrated(rightness: RewardFunction, name: str = "") -> RewardFunction:
         name: of the reward, as logged; by default that of the function behind `calibrated_`.
 
     Raises:
-        ValueError: in a call, for another number than 0 or 1.
+        ValueError: for an async function; in a call, for another number than 0 or 1.
     """
+    if is_async(rightness):
+        raise ValueError(f"calibrated: {reward_name(rightness)} is async; expected a plain function")
 
     def reward(
         prompts: Sequence,
@@ -68,13 +71,17 @@ def calibrated(rightness: RewardFunction, name: str = "") -> RewardFunction:
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, Sequence[object]], None] | None = None,
         **columns: Sequence[Any],
-    ) -> list[float]:
+    ) -> list[float | None]:
         read = [_without_confidence(completion) for completion in completions]
         answers = [answer for answer, _ in read]
         given = {STATE: trainer_state, LOG_METRIC: log_metric, LOG_EXTRA: log_extra}
         given = {name: value for name, value in taken(rightness, given).items() if value is not None}
         rights, earned = rightness(prompts, answers, **{**columns, **given}), []
         for answer, (_, confidence), right in zip(answers, read, rights, strict=True):
+            if right is None:
+                # It judges not this one.
+                earned.append(None)
+                continue
             if right not in (0, 1):
                 raise ValueError(f"{reward_name(rightness)} returned {right!r}: rightness is 0 or 1")
             if confidence is not None:
@@ -82,7 +89,8 @@ def calibrated(rightness: RewardFunction, name: str = "") -> RewardFunction:
             else:
                 earned.append(0.0 if not right and admits_unknown(answer_of(answer)) else right - 1.0)
         if log_metric is not None:
-            _log(log_metric, [confidence for _, confidence in read], rights)
+            judged = [(each[1], right) for each, right in zip(read, rights, strict=True) if right is not None]
+            _log(log_metric, judged)
         return earned
 
     reward.__name__ = reward.__qualname__ = name or f"calibrated_{reward_name(rightness)}"
@@ -95,20 +103,23 @@ def _without_confidence(
 ) -> tuple[str | list[Mapping[str, Any]], float | None]:
     """Return a completion of either form without the confidence in its answer, and that."""
     if isinstance(completion, str):
-        return split_confidence(completion)
+        # What a thought says of it is no answer.
+        thoughts, mark, answer = completion.rpartition(CLOSE)
+        if not mark and OPEN in completion:
+            return completion, None
+        answer, confidence = split_confidence(answer)
+        return thoughts + mark + answer, confidence
     messages, confidence = list(completion), None
     for at in reversed(range(len(messages))):
         if messages[at].get("role", "assistant") == "assistant":
-            text, confidence = split_confidence(messages[at].get("content") or "")
+            text, confidence = split_confidence(content_text(messages[at].get("content")))
             messages[at] = {**messages[at], "content": text}
             break
     return messages, confidence
 
 
-def _log(
-    log_metric: Callable[[str, float], None], confidences: Sequence[float | None], rights: Sequence[float]
-) -> None:
-    for confidence, right in zip(confidences, rights, strict=True):
+def _log(log_metric: Callable[[str, float], None], judged: Sequence[tuple[float | None, float]]) -> None:
+    for confidence, right in judged:
         log_metric("confidence/stated", float(confidence is not None))
         log_metric("confidence/right", float(right))
         if confidence is not None:

@@ -198,6 +198,8 @@ class RewardEnsemble:
     def __init__(self, members: Sequence[RewardFunction], aggregation: str = "worst", coefficient: float = 1.0):
         check_choice(f"aggregation {aggregation!r} is not one of", aggregation, self.AGGREGATIONS)
         refuse_if(len(members) < 2, f"an ensemble needs at least 2 rewards, got {len(members)}")
+        if any(isinstance(member, TokenRewardModel) for member in members):
+            raise InputError("an ensemble takes one number per completion; a model of tokens or steps gives more")
         self.members, self.aggregation, self.coefficient = list(members), aggregation, coefficient
         self.offsets, self.scales = [0.0] * len(members), [1.0] * len(members)
         self.__name__ = f"{aggregation}_of_{len(members)}"

@@ -79,7 +79,7 @@ class ProcessRewardModel(TokenRewardModel):
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
         super().__init__(model, tokenizer, batch_size)
         ends = getattr(model.config, STEP_END_FIELD, None)
-        if ends not in STEP_ENDS:
+        if ends not in tuple(STEP_ENDS):
             raise InputError(
                 f"the config of {self.__name__!r} has {STEP_END_FIELD} {ends!r}; expected {' or '.join(STEP_ENDS)}, "
                 "as of a model that learned steps (hfllm reward --task process)"

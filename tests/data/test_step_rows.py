@@ -32,7 +32,7 @@ def prm800k(*steps):
         (
             prm800k(
                 {"completions": [{"text": "wrong", "rating": -1}, {"text": "3", "rating": 0}], "chosen_completion": 1},
-                {"completions": [], "human_completion": {"text": "so 7"}, "chosen_completion": None},
+                {"completions": [], "human_completion": {"text": "so 7", "rating": None}, "chosen_completion": None},
                 {"completions": [{"text": "so 8", "rating": -1}], "chosen_completion": None},
                 {"completions": [{"text": "never reached", "rating": 1}], "chosen_completion": 0},
             ),
@@ -41,11 +41,11 @@ def prm800k(*steps):
         ),
         (
             {
-                "input": f"1 + 2 + 4? Step 1: 1 + 2 = 3. {STEP_MARK}\nStep 2: 3 + 4 = 8. {STEP_MARK}",
-                "label": "1 + 2 + 4? Step 1: 1 + 2 = 3. +\nStep 2: 3 + 4 = 8. -",
+                "input": f"1 + 2 + 4? step 1: 1 + 2 = 3. {STEP_MARK}\nStep 2: 3 + 4 = 8. {STEP_MARK}",
+                "label": "1 + 2 + 4? step 1: 1 + 2 = 3. +\nStep 2: 3 + 4 = 8. -",
                 "task": "GSM8K",
             },
-            "Step 1: 1 + 2 = 3.\nStep 2: 3 + 4 = 8.",
+            "step 1: 1 + 2 = 3.\nStep 2: 3 + 4 = 8.",
             [1.0, 0.0],
         ),
     ],
@@ -66,8 +66,15 @@ def test_every_form_becomes_lines_with_labels(row, response, labels):
         ({"prompt": "p", "completions": ["a"], "labels": [None]}, BadRow, "with a step without a label"),
         ({"question": {}, "label": {}}, InputError, "question has no problem, or label no steps"),
         ({"input": "p Step 1: a", "label": "p Step 1: a +"}, InputError, "input has no 'ки' at the end of its steps"),
-        ({"input": "p Step 1: a ки", "label": "p Step 1: b +"}, InputError, "label does not repeat input"),
-        ({"input": "p a ки", "label": "p a +"}, InputError, "input has no 'Step 1:' behind the problem"),
+        ({"input": "p Step 1: a ки", "label": "p Step 1: b +"}, BadRow, "whose label does not repeat its input"),
+        ({"input": "p a ки", "label": "p a +"}, BadRow, "without 'Step 1:' behind the problem"),
+        ({"input": "p Step 1: a ки\nb", "label": "p Step 1: a +\nb"}, BadRow, "with a last step without a mark"),
+        (prm800k(None), BadRow, "row 1: without a step"),
+        (
+            prm800k({"completions": ["a"], "chosen_completion": 0}),
+            InputError,
+            "the step 'a' has no text with a rating",
+        ),
         ({"text": "p"}, InputError, "row 1: columns text; expected one of: prompt + completions + labels"),
     ],
 )

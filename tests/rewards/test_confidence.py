@@ -25,6 +25,9 @@ from hfllm.rewards.functions import load_reward_function
         ("It is 45. Confidence: 101%", "It is 45. Confidence: 101%", None),
         ("The confidence interval is 0.5 to 0.7.", "The confidence interval is 0.5 to 0.7.", None),
         ("It is 45. Confidence: high", "It is 45. Confidence: high", None),
+        ("42. Confidence: 0,8", "42. Confidence: 0,8", None),
+        ("42. Confidence: 0.8/1", "42. Confidence: 0.8/1", None),
+        ("42. Confidence: 1-2%", "42. Confidence: 1-2%", None),
         ("", "", None),
     ],
 )
@@ -86,6 +89,25 @@ def test_what_was_said_of_it_is_logged():
         "confidence/mean": [0.9, 0.5],
         "confidence/brier": pytest.approx([0.01, 0.25]),
     }
+
+
+def test_a_confidence_inside_of_a_thought_is_none():
+    thought, open_ = "<think>confidence 100%</think> #### 4", "<think>confidence 100% #### 4"
+    assert calibrated_match([""] * 2, [thought, f"{thought} (confidence 0.5)"], answer=["4"] * 2) == [0.0, 0.75]
+    assert calibrated_match([""], [open_], answer=["4"]) == [-1.0]
+    parts = [[{"role": "assistant", "content": [{"type": "text", "text": "#### 4 (confidence 1)"}]}]]
+    assert calibrated_match([""], parts, answer=["4"]) == [1.0]
+
+
+def test_what_is_not_judged_or_not_yet():
+    abstains = calibrated(lambda prompts, completions, **columns: [None, 1.0])
+    assert abstains([""] * 2, ["a (confidence 1)"] * 2) == [None, 1.0]
+
+    async def later(prompts, completions, **columns):
+        return [1.0]
+
+    with pytest.raises(ValueError, match="later is async; expected a plain function"):
+        calibrated(later)
 
 
 def test_the_rightness_of_ones_own(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 import hfllm
 from hfllm.errors import InputError
-from hfllm.rewards.models import RewardModel, TokenRewardModel
+from hfllm.rewards.models import RewardEnsemble, RewardModel, TokenRewardModel
 from hfllm.rewards.steps import ProcessRewardModel, scoring_model
 
 
@@ -52,6 +52,11 @@ def test_a_model_is_the_reward_that_it_was_trained_for(step_model, make_model, t
     tokens.config.step_end = "(a+)+b"
     with pytest.raises(InputError, match=r"has step_end '\(a\+\)\+b'; expected line or sentence"):
         scoring_model(tokens, tokenizer)
+    tokens.config.step_end = ["line"]
+    with pytest.raises(InputError, match=r"has step_end \['line'\]; expected line or sentence"):
+        scoring_model(tokens, tokenizer)
+    with pytest.raises(InputError, match="an ensemble takes one number per completion"):
+        RewardEnsemble([scoring_model(step_model, tokenizer)] * 2)
 
 
 @pytest.mark.slow

@@ -278,6 +278,49 @@ def test_bad_logprobs_are_refused_by_place(logprobs, complaint):
     assert complaint in str(error.value)
 
 
+def test_a_critic_that_decides_nothing_moves_no_policy(make_trainer, prompts):
+    trainer = make_trainer(baseline="group", num_generations=2, vf_coef=5.0, reward_funcs=earning(1.0, 1.0, 1.0, 1.0))
+    batch = rollout_of(trainer, in_pairs(prompts, 4)).micro_batch(0, 0, 4)
+    batch["advantages"] = torch.zeros_like(batch["advantages"])
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert trainer.actor.value_head.weight.grad.abs().max() > 0
+    assert all(each.grad is None or not each.grad.any() for each in trainer.policy.parameters())
+
+
+def test_unknown_logprobs_weigh_one(make_trainer):
+    trainer = make_trainer()
+    sampled = sampling_logprobs([[None, -1.0]], [[1, 1]], (1, 2), "vLLM", may_lack=True)
+    weights = trainer._importance(torch.tensor([[-3.0, -1.0]]), sampled, torch.ones(1, 2))
+    assert weights.tolist() == [[1.0, 1.0]]
+    with pytest.raises(InputError, match="prompt 0: logprobs is None; expected a list of numbers"):
+        sampling_logprobs([None], [[1]], (1, 1), "rollout_func")
+
+
+def test_answers_drawn_again_may_be_longer_and_paid_as_a_whole(make_trainer, prompts):
+    """First each token is paid, then each response."""
+    calls = []
+
+    def reward(completions, completion_ids, **columns):
+        calls.append(len(completions))
+        return [[0.0] * len(ids) for ids in completion_ids] if len(calls) == 1 else [1.0, 0.0, 1.0, 0.0]
+
+    trainer = make_trainer(
+        dynamic_sampling_rounds=1, num_generations=2, baseline="group", kl_coef=0.0, whiten_advantages=False,
+        reward_funcs=reward,
+    )  # fmt: skip
+    plain, lengths = trainer.sample, iter((2, 6))
+
+    def cut(rows):
+        batch, length = plain(rows), next(lengths)
+        for name in ("response_ids", "response_mask"):
+            batch[name] = batch[name][:, :length]
+        return {**batch, "witness": None}
+
+    trainer.sample = cut
+    rollout = rollout_of(trainer, in_pairs(prompts, 4))
+    assert rollout.returns[:, 0].tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
 def test_tokens_of_others_need_no_logprobs():
     found = sampling_logprobs([[None, [-1.5, -9.0]], [torch.tensor(-2.0)]], [[0, 1], [1]], (2, 3), "vLLM")
     assert found.tolist() == [[0, -1.5, 0], [-2, 0, 0]]
@@ -296,6 +339,11 @@ def test_tokens_of_others_need_no_logprobs():
         ({"critic_warmup_lam": 1.0}, "critic_warmup_lam=1.0 is for critic_warmup_steps, which is 0"),
         ({"importance_sampling_cap": 0.0}, "importance_sampling_cap must be"),
         ({"loss_aggregation": "batch"}, "loss_aggregation"),
+        ({"positive_lm_min_reward": 0.5}, "positive_lm_min_reward=0.5 is for positive_lm_coef, which is 0"),
+        (
+            {"importance_sampling_cap": None, "importance_sampling_level": "sequence"},
+            "importance_sampling_level='sequence' is for importance_sampling_cap, which is None",
+        ),
     ],
 )
 def test_settings_without_effect_are_refused(make_args, settings, complaint):

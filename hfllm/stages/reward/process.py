@@ -39,7 +39,6 @@ def train_on_steps(
         load_head_to_train,
         load_tokenizer,
         named_model,
-        peft_config,
     )
     from hfllm.runs.pipeline import chain_before
     from hfllm.runs.recipes import settings_file
@@ -54,6 +53,8 @@ def train_on_steps(
     from hfllm.trainers.trl_trainers import StepTrainer
 
     check_flags(script_args, model_args)
+    why = "PEFT keeps no config, which says where steps end: train all weights"
+    refuse_if(model_args.use_peft, f"--use_peft with --task process: {why}")
     check_muon(script_args.use_muon, training_args, model_args.use_peft)
     # Lengths differ little, and their order is that of the comparisons.
     training_args = changed(training_args, train_sampling_strategy="random")
@@ -79,14 +80,11 @@ def train_on_steps(
     # The head is new, and so are the weights of an adapter.
     set_seed(seed)
     model = load_head_to_train(base, output_dir, AutoModelForTokenClassification, TASK_TYPE, num_labels=1)
+    refuse_if(hasattr(model, "peft_config"), f"--model_name_or_path {base.name} is an adapter; {why} (hfllm merge)")
     model.config.pad_token_id = tokenizer.pad_token_id
     setattr(model.config, STEP_END_FIELD, kind)
     length = fitting_length(training_args.max_length, model)
     data = [tokens_of(rows, tokenizer, kind, length, script_args.dataset_name) for rows in (train_rows, test_rows)]
-    if (adapter := peft_config(model_args, TASK_TYPE)) is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, adapter)
     trainer = StepTrainer(
         model=model,
         args=trainer_args,
@@ -115,11 +113,13 @@ def train_on_steps(
 
 def rows_of(script_args: "RewardArguments", seed: int) -> tuple["Rows", "Rows"]:
     """Return training and held-out solutions with labels for their steps: the user's, or the embedded world's."""
+    from hfllm.data.images.rows import without_images
     from hfllm.data.world.reasoning import HELD_OUT, SHOWN, step_rows
     from hfllm.stages.shared import user_rows
 
     if (world := script_args.world) is None:
-        return user_rows(script_args.row_sources, to_steps, seed, flaw_of=lambda row: None)
+        mapper = without_images(to_steps, "the model")
+        return user_rows(script_args.row_sources, mapper, seed, flaw_of=lambda row: None)
     told = (world.facts, world.relations)
     train_rng, test_rng = (random.Random(f"steps-{name}-{world.seed}-{seed}") for name in ("train", "test"))
     noise = script_args.label_noise

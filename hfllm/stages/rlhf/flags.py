@@ -39,7 +39,8 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
     """Prompts, rewards, and the settings of the stages before."""
 
     reward_model_name_or_path: list[str] | None = flag(
-        None, "Sequence-classification model with one label, used as the reward; several form an ensemble."
+        None,
+        "Model with one label, of answers or of their steps, used as the reward; several form an ensemble.",
     )
     num_reward_models: int = flag(
         1, "Reward models to train on the same comparisons, when none is named.", takes=at_least(1)

@@ -54,6 +54,12 @@ class PPOConfig(PPOOptions, TrainingArguments):
         if self.lam_alpha is not None and self.lam != LAM:
             raise ValueError(f"lam_alpha={self.lam_alpha} takes lambda from the length: leave out lam={self.lam}")
         self._check_groups()
+        if self.positive_lm_coef == 0 and self.positive_lm_min_reward != 1:
+            raise ValueError(
+                f"positive_lm_min_reward={self.positive_lm_min_reward} is for positive_lm_coef, which is 0"
+            )
+        if self.importance_sampling_cap is None and self.importance_sampling_level != "token":
+            raise ValueError("importance_sampling_level='sequence' is for importance_sampling_cap, which is None")
         if self.critic_warmup_lam is not None and self.critic_warmup_steps == 0:
             raise ValueError(f"critic_warmup_lam={self.critic_warmup_lam} is for critic_warmup_steps, which is 0")
         if self.kl_target is not None and self.kl_coef == 0:

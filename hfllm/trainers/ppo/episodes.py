@@ -179,7 +179,7 @@ def from_rollout_func(
         if name not in (*NEEDED, *KNOWN):
             is_each = isinstance(values, list) and len(values) == len(rows)
             batch["columns"][name] = values if is_each else [values] * len(rows)
-    if output.get("logprobs") is not None:
+    if output.get("logprobs") is not None and trainer.args.importance_sampling_cap is not None:
         shape = batch["response_ids"].shape
         batch["sampling_logprobs"] = sampling_logprobs(output["logprobs"], masks, shape, "rollout_func").to(
             batch["response_ids"].device

@@ -115,7 +115,8 @@ class RewardOptions:
     baseline: str = flag(
         "critic",
         "What an answer is compared with: the critic's values, the mean reward of the other answers to its prompt "
-        "(`num_generations`, arXiv:2402.14740), or that mean less which the critic learns the rest.",
+        "(`num_generations`, arXiv:2402.14740), or both: the mean is subtracted first, and the critic learns what "
+        "remains.",
         choices=list(BASELINES),
     )
     dynamic_sampling_rounds: int = flag(
@@ -126,12 +127,12 @@ class RewardOptions:
     )
     importance_sampling_cap: float | None = flag(
         2.0,
-        "Where responses come with the log-probabilities of what sampled them (vLLM, a `rollout_func`): most that "
-        "the trained policy's ratio to these weighs; None for no correction.",
+        "Upper limit of the ratio of the trained policy to what sampled the responses, where the log-probabilities of "
+        "that are known (vLLM, a `rollout_func`); None for no correction.",
         takes=POSITIVE,
     )
     importance_sampling_level: str = flag(
-        "token", "Whose ratio weighs: each token's, or the whole response's.", choices=list(LEVELS)
+        "token", "Use the ratio of each token, or of the whole response.", choices=list(LEVELS)
     )
 
 
@@ -169,7 +170,7 @@ class LossOptions:
         takes=Range("a number above 1", lambda value: value > 1, "be above 1"),
     )
     loss_aggregation: str = flag(
-        "token", "Of what the loss is the mean: of all tokens, or of the responses' means.", choices=list(LEVELS)
+        "token", "Average the loss over all tokens, or first within each response.", choices=list(LEVELS)
     )
     positive_lm_coef: float = flag(
         0.0,

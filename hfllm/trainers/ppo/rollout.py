@@ -144,6 +144,8 @@ def with_replaced(
     Of log-probabilities recorded by the trainer's own sampling nothing is left: a second pass finds them.
     """
     merged: dict[str, Any] = {}
+    if ("sampling_logprobs" in batch) != ("sampling_logprobs" in other):
+        raise InputError("rollout_func returned logprobs for some prompts of a rollout and not for those drawn again")
     for name, own in batch.items():
         if torch.is_tensor(own):
             fill = pad_token_id if name.endswith("_ids") else 0
@@ -193,6 +195,7 @@ def sampling_logprobs(
     masks: Sequence[Sequence[int]],
     shape: tuple[int, int],
     origin: str,
+    may_lack: bool = False,
 ) -> torch.Tensor:
     """Return log-probabilities (N, R) of the policy's tokens as they were sampled, 0 for others.
 
@@ -200,12 +203,16 @@ def sampling_logprobs(
         logprobs: a number for each token of a response, or a list that begins with it, as from vLLM.
         masks: 1 for the tokens that the policy chose; those of others may have `None`.
         origin: whose they are, for errors.
+        may_lack: whether a token may have `None`, which becomes not a number.
 
     Raises:
         InputError: for another count, or what is no log-probability.
     """
     result = torch.zeros(shape)
     for row, (values, mask) in enumerate(zip(logprobs, masks, strict=True)):
+        values = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(values, (list, tuple)):
+            raise InputError(f"{origin}, prompt {row}: logprobs is {values!r}; expected a list of numbers")
         if len(values) != len(mask):
             raise InputError(f"{origin}, prompt {row}: {len(values)} logprobs for {len(mask)} completion_ids")
         for at, (value, is_chosen) in enumerate(zip(values, mask, strict=True)):
@@ -214,6 +221,9 @@ def sampling_logprobs(
             value = value[0] if isinstance(value, (list, tuple)) and value else value
             # A number of numpy or torch.
             value = value.item() if hasattr(value, "item") else value
+            if value is None and may_lack:
+                result[row, at] = math.nan
+                continue
             # Rounding may bring a probability a little above 1.
             if not isinstance(value, (int, float)) or not -math.inf < value < 0.01:
                 raise InputError(

@@ -292,7 +292,9 @@ class PPOTrainer(ActorCriticTrainer):
         generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + place)
         for attempt in range(args.dynamic_sampling_rounds + 1):
             groups = scores.reward.view(-1, size)
-            alike = (groups.amax(1) == groups.amin(1)).nonzero().squeeze(1)
+            highest, lowest = groups.amax(1), groups.amin(1)
+            # Sums of like rewards for tokens differ by rounding.
+            alike = (highest - lowest <= 1e-6 * highest.abs().clamp(min=1)).nonzero().squeeze(1)
             if not len(alike) or attempt == args.dynamic_sampling_rounds:
                 break
             drawn += len(alike)
@@ -313,12 +315,16 @@ class PPOTrainer(ActorCriticTrainer):
         if args.baseline == "both":
             whole = total if scores.per_token is None else total + scores.per_token.sum(1)
             total = total - formulas.means_of_others(whole, args.num_generations)
+        per_token = scores.per_token
+        if per_token is not None:
+            # Answers drawn again may be longer than those whose tokens were paid.
+            per_token = nn.functional.pad(per_token, (0, mask.shape[1] - per_token.shape[1]))
         rewards = formulas.token_rewards(
             total,
             tokens.kl,
             mask,
             self.kl_controller.coefficient if args.kl_penalty == "reward" else 0.0,
-            scores.per_token,
+            per_token,
         )
         if args.whiten_rewards:
             rewards = formulas.masked_whiten(rewards, mask, shift_mean=False, reduce=self._sum_over_processes)
@@ -345,6 +351,8 @@ class PPOTrainer(ActorCriticTrainer):
     def _importance(self, logprobs: torch.Tensor, sampled: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the weights (B, R) of what another engine or policy has sampled, and log how far it is from ours."""
         args = self.args
+        # Unknown ones, as vLLM may have, weigh 1.
+        sampled = torch.where(sampled.isnan(), logprobs, sampled)
         weights, capped = formulas.importance_weights(
             logprobs, sampled, mask, args.importance_sampling_cap, args.importance_sampling_level
         )
@@ -352,8 +360,8 @@ class PPOTrainer(ActorCriticTrainer):
         gap = (logprobs - sampled)[is_chosen].abs()
         for name, values in {"weight": weights[is_chosen], "capped": capped[is_chosen], "gap": gap}.items():
             self._metrics[f"importance_sampling/{name}"].append(values)
-        if is_chosen.sum() > 1:
-            self._metrics["importance_sampling/weight_std"].append(weights[is_chosen].std().view(1))
+        spread = weights[is_chosen].std(correction=0) if is_chosen.any() else weights.new_zeros(())
+        self._metrics["importance_sampling/weight_std"].append(spread.view(1))
         mean = gap.mean().item() if len(gap) else 0.0
         if mean > WIDEST_GAP and not self._has_said_gap:
             self._has_said_gap = True
@@ -499,7 +507,9 @@ class PPOTrainer(ActorCriticTrainer):
             share = torch.ones_like(share) / (args.per_device_train_batch_size * args.gradient_accumulation_steps)
         is_warmup = self.state.global_step < args.critic_warmup_steps
         chunk, needs_distribution = model_inputs(inputs), self._penalizes_full_kl or args.entropy_coef > 0
-        logprobs, values, distribution = model(**chunk, with_distribution=needs_distribution, detach_trunk=is_warmup)
+        logprobs, values, distribution = model(
+            **chunk, with_distribution=needs_distribution, detach_trunk=is_warmup or args.baseline == "group"
+        )
         policy_sum, clipped = formulas.policy_loss(
             *(logprobs, inputs["logprobs"], inputs["advantages"], weights),
             *(args.cliprange, args.dual_clip, args.cliprange_high),

@@ -59,6 +59,7 @@ class VllmSampler:
         from trl.generation.vllm_generation import VLLMGeneration
 
         self.config, self.tokenizer = generation_config, tokenizer
+        self.corrects = args.importance_sampling_cap is not None
         self.longest, self.context = generation_config.max_new_tokens, args.vllm_max_model_length
         sampling: dict[str, Any] = {"stop_token_ids": list(generation_config.eos_token_id)}
         if generation_config.suppress_tokens:
@@ -123,10 +124,12 @@ class VllmSampler:
         ended = [self._is_ended(*pair) for pair in zip(completions, rooms, strict=True)]
         is_ended = torch.tensor(ended, device=device)
         sampled = {"response_ids": response_ids, "response_mask": response_mask, "is_ended": is_ended}
-        if logprobs is not None:
+        if logprobs is not None and self.corrects:
             known = [list(each)[:longest] for each in logprobs]
             masks = [[1] * len(ids) for ids in completions]
-            sampled["sampling_logprobs"] = sampling_logprobs(known, masks, response_ids.shape, "vLLM").to(device)
+            sampled["sampling_logprobs"] = sampling_logprobs(
+                known, masks, response_ids.shape, "vLLM", may_lack=True
+            ).to(device)
         return sampled
 
     def _room(self, prompt: Sequence[int]) -> int:
