@@ -64,6 +64,7 @@ def test_on_the_world_steps_of_held_out_problems_are_judged(base, tmp_path):
     [
         (["--num_samples", "2"], "--task process compares no answers"),
         (["--augment", "0.1"], "--task process compares no answers"),
+        (["--center_rewards_coefficient", "0.1"], "--task process has no use of it"),
         (["--use_peft"], "PEFT keeps no config, which says where steps end"),
     ],
 )

@@ -290,7 +290,7 @@ def with_slips(
 ) -> tuple[list[str], str]:
     """Return the steps of a thought in which each step goes wrong with probability `share`, and its answer.
 
-    After a slip it goes on from what it has said: a turn misread or a sum wrong, the friend taken for another.
+    Each step builds on the one before it, right or wrong: a turn misread or a sum wrong, the friend taken for another.
     """
     if problem.family == DIAL:
         return _dial_with_slips(problem, rng, share)

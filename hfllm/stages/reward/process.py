@@ -22,6 +22,11 @@ TASK_TYPE = "TOKEN_CLS"
 CLAIMS = [
     Promise("steps judged right", "step_accuracy", "majority_step_accuracy", "of the more frequent label"),
 ]
+# Flags of reward models of whole answers, off by default.
+COMPARISONS_ALONE = (
+    *("chat_template_path", "eos_token", "pad_to_multiple_of", "center_rewards_coefficient"),
+    *("freeze_vision", "freeze_text"),
+)
 # Solutions with a slip in the report.
 SAMPLES = 8
 
@@ -53,6 +58,9 @@ def train_on_steps(
     from hfllm.trainers.trl_trainers import StepTrainer
 
     check_flags(script_args, model_args)
+    for name in COMPARISONS_ALONE:
+        value = getattr(training_args, name, None) or getattr(script_args, name, None)
+        refuse_if(value, f"--{name} {value}: --task process has no use of it")
     why = "PEFT keeps no config, which says where steps end: train all weights"
     refuse_if(model_args.use_peft, f"--use_peft with --task process: {why}")
     check_muon(script_args.use_muon, training_args, model_args.use_peft)
