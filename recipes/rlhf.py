@@ -46,7 +46,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     from transformers import set_seed
 
     from hfllm.evaluation import alignment
-    from hfllm.runs.models import load_value_model, named_model, peft_config
+    from hfllm.runs.models import named_model, peft_config
     from hfllm.runs.stage import Stage
     from hfllm.stages import shared
     from hfllm.stages.pretrain.flags import config_to_train
@@ -99,7 +99,8 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
     # The weights of an adapter are new, and so is the head of a critic that is a language model.
     set_seed(training_args.seed)
     policy, tokenizer = rlhf.load_policy(start, policy_config, script_args, training_args.output_dir)
-    members = [rlhf.load_reward(each, start) for each in reward_models]
+    shares = training_args.shared_base
+    members = [rlhf.load_reward(each, start, shares) for each in reward_models]
     rewards = rlhf.build_rewards(functions, members, script_args.reward_aggregation, script_args.uncertainty_coef)
     trainer_args, rewards = rlhf.log_gold_reward(trainer_args, rewards, script_args.dataset_name)
     trainer = PPOTrainer(
@@ -109,7 +110,7 @@ def main(script_args: RlhfArguments, training_args: "PPOConfig", model_args: "Mo
         train_dataset=[dict(row) for row in train_rows],
         eval_dataset=[dict(row) for row in eval_rows],
         processing_class=tokenizer,
-        value_model=load_value_model(script_args.value_model, start, reward_models),
+        value_model=rlhf.load_critic(script_args.value_model, start, reward_models, shares),
         peft_config=peft_config(model_args),
         ptx_dataset=ptx_dataset,
         tools=tools.functions,

@@ -114,5 +114,11 @@ def test_what_trl_has_saved_is_trained_further(data, tokenizer, saved):
     # The head came with the adapter, and what it had learned is where the second training began.
     head = next(name for name in before if "score" in name)
     assert 0 < (after[head] - before[head]).abs().max() < 0.1
-    found = run(rlhf, model_name_or_path="policy", reward_model_name_or_path="scorer", output_dir="rlhf", **SHORT)
-    assert found["kl_to_reference"] != 0
+    named = {"model_name_or_path": "policy", "reward_model_name_or_path": "scorer", **SHORT}
+    apart = run(rlhf, output_dir="rlhf", **named)
+    assert apart["kl_to_reference"] != 0
+    together = run(rlhf, output_dir="shared", shared_base=True, value_model="reward", **named)
+    # The reward model is no longer merged into a base of its own, which rounds otherwise.
+    assert together["proxy_reward_before"] == pytest.approx(apart["proxy_reward_before"], abs=1e-4)
+    critic = load_file("shared/value_model/adapter_model.safetensors")
+    assert critic.keys() == after.keys() and any(not torch.equal(critic[name], before[name]) for name in critic)

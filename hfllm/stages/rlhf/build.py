@@ -59,6 +59,7 @@ from hfllm.stages.shared import Mapper, load_processing_class, user_rows
 from hfllm.trainers.ppo.options import REWARD_TIMEOUT
 from hfllm.trainers.ppo.prompts import EMPTY, check_pictures, check_prompts, unfit_prompts
 from hfllm.trainers.ppo.setup import check_critic
+from hfllm.trainers.ppo.shared_base import AdapterReward, saved_scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -284,14 +285,31 @@ def ptx_texts(name: str | None, num_documents: int, seed: int, world_seed: int, 
     return Dataset.from_dict({"text": texts})
 
 
-def load_reward(name: str, like: NamedModel) -> "RewardFunction":
+def load_reward(name: str, like: NamedModel, is_shared: bool = False) -> "RewardFunction":
     """Load a reward model, of answers or of their steps, with its tokenizer or processor.
 
     Args:
         name: the reward model's.
         like: a model with the same attention, dtype and quantization.
+        is_shared: whether it is an adapter of the policy's base, put on it by the trainer.
     """
+    if is_shared:
+        return AdapterReward(name, load_tokenizer(name))
     return scoring_model(load_reward_model(name, like, may_score_tokens=True), load_processing_class(name))
+
+
+def load_critic(
+    value_model: str, like: NamedModel, reward_models: Sequence[str], is_shared: bool = False
+) -> "PreTrainedModel | str | None":
+    """Load the critic named by `--value_model`; `None` stands for a new head.
+
+    Args:
+        like, reward_models: see `load_value_model`.
+        is_shared: whether it is an adapter of the policy's base: its name, for the trainer.
+    """
+    if not is_shared or value_model == "head":
+        return load_value_model(value_model, like, reward_models)
+    return reward_models[0] if value_model == "reward" else value_model
 
 
 def build_rewards(
@@ -454,9 +472,11 @@ def check_models(
     reward_models = script_args.reward_model_name_or_path or []
     for name in reward_models:
         load_processing_class(name)
+        if training_args.shared_base:
+            saved_scorer(name)
     # A new head must not change the random numbers drawn later.
     with forked_random(training_args.device):
-        if trains_first:
+        if trains_first and not training_args.shared_base:
             policy = named_model(model_args)
             for name in reward_models:
                 load_reward(name, policy)

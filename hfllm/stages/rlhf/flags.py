@@ -114,6 +114,9 @@ class RlhfArguments(RowArguments, AugmentationArguments, BatchArguments, RemoteC
         "--value_model reward needs a reward model; with --reward_funcs use 'head' or a model's name": lambda flags: (
             flags.value_model == "reward" and flags.reward_funcs and not flags.reward_model_name_or_path
         ),
+        "--shared_base takes reward models that are adapters of the policy's base: name them, and the policy": (
+            lambda flags: flags.shared_base and (flags.model_name_or_path is None or flags.has_no_reward)
+        ),
         "--num_reward_models {num_reward_models}: at least 1, and more only where none is named": lambda flags: (
             flags.num_reward_models > 1 and (flags.reward_model_name_or_path or flags.reward_funcs)
         ),

@@ -7,7 +7,7 @@ actions in it, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from hfllm.models.family.modeling_hfllm import HfllmModel
 from hfllm.models.loading.saved import reads_pictures
 from hfllm.multimodal.processors import Pictures, place_tokens
 from hfllm.trainers.engines import evaluation_mode
+from hfllm.trainers.ppo.shared_base import AdapterScorer
 
 LEAST = torch.finfo(torch.float32).min
 # Of the width of sequences in half precision on a CPU, where each shape needs kernels of its own.
@@ -336,14 +337,15 @@ class ActorCritic(nn.Module):
     Args:
         policy: a causal language model.
         value_model: a sequence- or token-classification model with one label whose head is read at every position;
-            `None` puts a linear value head, starting at zero, on the policy's trunk.
+            `None` puts a linear value head, starting at zero, on the policy's trunk. An `AdapterScorer` is an adapter
+            of the policy's base.
         temperature, never_sampled: see `token_logprobs`.
     """
 
     def __init__(
         self,
         policy: PreTrainedModel,
-        value_model: PreTrainedModel | None,
+        value_model: PreTrainedModel | AdapterScorer | None,
         temperature: float,
         never_sampled: Sequence[int],
     ):
@@ -374,6 +376,11 @@ class ActorCritic(nn.Module):
         return self.policy.generation_config
 
     def activation_checkpointing_enable(self, **kwargs) -> None:
+        if isinstance(self.value_model, AdapterScorer):
+            own = {"use_reentrant": False, "context_fn": self.value_model.recomputed}
+            kwargs["activation_checkpointing_kwargs"] = {**(kwargs.get("activation_checkpointing_kwargs") or {}), **own}
+            self.policy.activation_checkpointing_enable(**kwargs)
+            return
         for model in (self.policy, self.value_model):
             if model is not None:
                 model.activation_checkpointing_enable(**kwargs)
@@ -384,6 +391,8 @@ class ActorCritic(nn.Module):
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """Return the parameters for only the value estimates."""
+        if isinstance(self.value_model, AdapterScorer):
+            return self.value_model.own_parameters()
         return list((self.value_head if self.value_model is None else self.value_model).parameters())
 
     def forward(
@@ -459,7 +468,8 @@ class ActorCritic(nn.Module):
             return in_fp32(self.value_head, states)
         trunk = getattr(self.value_model, self.value_model.base_model_prefix)
         pictures = sequences.pictures if reads_pictures(trunk) else {}
-        with actions_only(trunk, sequences) as masks:
+        shares = isinstance(self.value_model, AdapterScorer)
+        with self.value_model.active() if shares else nullcontext(), actions_only(trunk, sequences) as masks:
             inputs = {"input_ids": sequences.input_ids, "use_cache": False, **masks, **pictures}
             hidden_states = trunk(**inputs).last_hidden_state
         return in_fp32(value_head_of(self.value_model), hidden_states[sequences.rows, sequences.columns])

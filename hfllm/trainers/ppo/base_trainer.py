@@ -30,6 +30,7 @@ from hfllm.trainers.ppo.formulas import KLController, RunningMoments
 from hfllm.trainers.ppo.rollout import Batch, Rollout, length_groups, pad_prompts, with_actions
 from hfllm.trainers.ppo.sampling import SampledLogprobs, generate_responses, most_cached_rows
 from hfllm.trainers.ppo.setup import NO_VLLM, as_reference, load_weights
+from hfllm.trainers.ppo.shared_base import AdapterScorer
 from hfllm.trainers.ppo.vllm_sampling import VllmSampler
 
 # ---- checkpoints ----
@@ -83,7 +84,9 @@ class ActorCriticCheckpoints(Trainer):
         # Without the reference's adapter.
         trained = {"selected_adapters": [self.policy.active_adapter]} if hasattr(self.policy, "peft_config") else {}
         self.policy.save_pretrained(output, state_dict=part("policy."), **trained)
-        if actor.value_model is not None:
+        if isinstance(actor.value_model, AdapterScorer):
+            actor.value_model.save(output / VALUE_MODEL_FOLDER, state)
+        elif actor.value_model is not None:
             actor.value_model.save_pretrained(output / VALUE_MODEL_FOLDER, state_dict=part("value_model."))
         else:
             save_file({"weight": part("value_head.")["weight"].contiguous()}, output / VALUE_HEAD_FILE)
@@ -166,7 +169,9 @@ class ActorCriticCheckpoints(Trainer):
             set_peft_model_state_dict(self.policy, weights, adapter_name=active)
         else:
             load_weights(self.policy, folder)
-        if actor.value_model is not None:
+        if isinstance(actor.value_model, AdapterScorer):
+            actor.value_model.load(folder / VALUE_MODEL_FOLDER)
+        elif actor.value_model is not None:
             load_weights(actor.value_model, folder / VALUE_MODEL_FOLDER)
         else:
             actor.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
@@ -229,7 +234,7 @@ class ActorCriticTrainer(ActorCriticCheckpoints):
             raise InputError("PPOTrainer does not work with FSDP: shard by DeepSpeed ZeRO-2 or ZeRO-3, or use DDP")
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             return
-        for name in ("critic_warmup_steps", "target_kl", "sync_ref_model"):
+        for name in ("critic_warmup_steps", "target_kl", "sync_ref_model", "shared_base"):
             if getattr(self.args, name):
                 raise InputError(f"{name}={getattr(self.args, name)} does not work with DeepSpeed: leave it out")
 

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
 from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, changed, check_arguments, flag
 from hfllm.trainers.ppo.options import LAM, PPOOptions
+from hfllm.trainers.ppo.shared_base import AdapterScorer
 
 # ---- arguments ----
 
@@ -137,7 +138,9 @@ def with_default_rates(args: PPOConfig, policy: PreTrainedModel, value_model: Pr
     rate, value_rate = args.learning_rate, args.value_learning_rate
     if rate is None:
         rate = default_learning_rate(size_of(policy), hasattr(policy, "peft_config"))
-    if value_rate is None:
+    if value_rate is None and isinstance(value_model, AdapterScorer):
+        value_rate = default_learning_rate(size_of(policy), has_adapter=True)
+    elif value_rate is None:
         value_rate = HEAD_RATE if value_model is None else default_learning_rate(size_of(value_model))
     return changed(args, learning_rate=rate, value_learning_rate=value_rate)
 

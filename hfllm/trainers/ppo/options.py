@@ -207,6 +207,17 @@ class LossOptions:
 
 
 @dataclass
+class ModelOptions:
+    """Models in memory."""
+
+    shared_base: bool = flag(
+        False,
+        "Keep one base model in memory, of which policy, critic and reward models are adapters, and the reference is "
+        "the base itself; needs a policy with an adapter.",
+    )
+
+
+@dataclass
 class VllmOptions:
     """Sampling by vLLM."""
 
@@ -228,6 +239,13 @@ class VllmOptions:
 
 @dataclass
 class PPOOptions(
-    RolloutOptions, SamplingOptions, ToolOptions, RewardOptions, ReferenceOptions, LossOptions, VllmOptions
+    RolloutOptions,
+    SamplingOptions,
+    ToolOptions,
+    RewardOptions,
+    ReferenceOptions,
+    LossOptions,
+    ModelOptions,
+    VllmOptions,
 ):
     """All PPO options."""

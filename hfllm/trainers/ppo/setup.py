@@ -42,6 +42,7 @@ from hfllm.rewards.steps import scoring_model
 from hfllm.trainers.engines import gather_parameters, unshard
 from hfllm.trainers.ppo.actor_critic import looks_ahead
 from hfllm.trainers.ppo.config import PPOConfig
+from hfllm.trainers.ppo.shared_base import AdapterReward, AdapterScorer, put_critic_on, trained_as_before
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -180,16 +181,17 @@ def keep_starting_adapter(policy: "PeftModel") -> None:
 @contextmanager
 def as_reference(policy: "PeftModel") -> Iterator[None]:
     """Let the policy compute the outputs of its reference: with its initial adapter, or without a new one."""
-    if REFERENCE_ADAPTER not in policy.peft_config:
-        with policy.disable_adapter():
+    with trained_as_before(policy):
+        if REFERENCE_ADAPTER not in policy.peft_config:
+            with policy.disable_adapter():
+                yield
+            return
+        own = policy.active_adapter
+        policy.set_adapter(REFERENCE_ADAPTER)
+        try:
             yield
-        return
-    active = policy.active_adapter
-    policy.set_adapter(REFERENCE_ADAPTER)
-    try:
-        yield
-    finally:
-        policy.set_adapter(active)
+        finally:
+            policy.set_adapter(own)
 
 
 def place_frozen(models: Iterable[PreTrainedModel | None], device: torch.device) -> None:
@@ -229,6 +231,23 @@ def check_value_model(
         raise InputError(
             "value_model is one of the reward models, which are frozen: load it a second time, or by name"
         )
+
+
+def shared_critic(
+    value_model: PreTrainedModel | str | None, policy: PreTrainedModel, args: PPOConfig
+) -> AdapterScorer | None:
+    """Put the critic of a trainer with `shared_base` on the policy's base; `None` where a group is the baseline.
+
+    Raises:
+        InputError: for a whole model.
+    """
+    if args.baseline == "group" and value_model is None:
+        return None
+    if isinstance(value_model, nn.Module):
+        raise InputError(
+            "value_model is a whole model: shared_base=True takes the name of an adapter of the policy's base, or none"
+        )
+    return put_critic_on(policy, value_model)
 
 
 def shortest_context(*models: PreTrainedModel | None) -> int | None:
@@ -307,7 +326,9 @@ def build_rewards(
         raise InputError(f"{len(tokenizers)} reward_processing_classes for {len(funcs)} reward_funcs")
     rewards = []
     for func, tokenizer in zip(funcs, tokenizers, strict=True):
-        if isinstance(func, str):
+        if isinstance(func, str) and args.shared_base:
+            func = AdapterReward(func, tokenizer or saved_tokenizer(func), args.local_rollout_forward_batch_size)
+        elif isinstance(func, str):
             name, func = func, scorer_from_name(func, load_kwargs)
             tokenizer = tokenizer or (saved_processor if reads_pictures(func) else saved_tokenizer)(name)
         if isinstance(func, nn.Module):

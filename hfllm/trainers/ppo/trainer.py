@@ -59,11 +59,13 @@ from hfllm.trainers.ppo.setup import (
     reward_weights,
     sampling_config,
     scorer_from_name,
+    shared_critic,
     shortest_context,
     special_tokens,
     split_reference,
     with_total_steps,
 )
+from hfllm.trainers.ppo.shared_base import put_rewards_on
 from hfllm.trainers.ppo.vllm_sampling import VllmSampler
 
 if TYPE_CHECKING:
@@ -100,7 +102,8 @@ class PPOTrainer(ActorCriticTrainer):
         processing_class: the policy's tokenizer, for images its processor; by default from the model's name.
         reward_processing_classes: a tokenizer per reward model, `None` for functions; loaded by name if absent.
         value_model: a sequence- or token-classification model with one label or its name, such as the reward model;
-            `None` trains a value head on the policy's trunk, at half the cost.
+            `None` trains a value head on the policy's trunk, at half the cost. With `args.shared_base` it is the name
+            of an adapter of the policy's base; `None` trains a new one.
         callbacks, optimizers: as in `Trainer`.
         peft_config: train an adapter of this kind; the reference is then the policy without its adapter.
         ptx_dataset: rows with `text`, whose language-modeling loss is weighted by `args.ptx_coef` (Ouyang et al. 2022,
@@ -147,12 +150,14 @@ class PPOTrainer(ActorCriticTrainer):
         tokenizer = tokenizer_of(processing_class)
         if isinstance(model, str):
             model = policy_from_name(model, load_kwargs)
-        if isinstance(value_model, str):
+        if isinstance(value_model, str) and not args.shared_base:
             value_model = scorer_from_name(value_model, load_kwargs)
         self.has_reference = args.kl_coef > 0
         self.reference, policy = split_reference(model, peft_config, keep=self.has_reference)
         if args.sync_ref_model and self.reference is None:
             raise InputError("sync_ref_model=True needs a separate reference: no adapter, and kl_coef above 0")
+        if args.shared_base:
+            value_model = shared_critic(value_model, policy, args)
         self.eos_token_ids, never_sampled = special_tokens(processing_class, policy, args)
         if args.disable_dropout:
             disable_dropout(policy, value_model)
@@ -163,6 +168,7 @@ class PPOTrainer(ActorCriticTrainer):
         self.environment = episodes.environment_of(*parts)
         own = episodes.own_rewards(self.environment)
         rewards = build_rewards(reward_funcs, reward_processing_classes, load_kwargs, tokenizer, args, own)
+        put_rewards_on(policy, reward_models(rewards))
         check_value_model(value_model, policy, reward_models(rewards))
         weights = [*reward_weights(args.reward_weights, len(rewards) - len(own)), *([1.0] * len(own))]
         self.scorer = Scorer(rewards, weights, tokenizer, args)
