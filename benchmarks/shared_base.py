@@ -39,6 +39,8 @@ def save_scorer(name: str, folder: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    import hfllm  # noqa: F401  (registers the family)
+
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=torch.float32)
     config = LoraConfig(**LORA, init_lora_weights=False, task_type="SEQ_CLS", modules_to_save=["score"])

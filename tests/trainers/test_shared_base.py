@@ -64,7 +64,12 @@ def batch(tokenizer):
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     generator = torch.Generator().manual_seed(0)
     response = torch.randint(5, 60, (3, 6), generator=generator)
-    return {"prompt_ids": ids, "prompt_mask": mask, "response_ids": response, "response_mask": torch.ones_like(response)}
+    return {
+        "prompt_ids": ids,
+        "prompt_mask": mask,
+        "response_ids": response,
+        "response_mask": torch.ones_like(response),
+    }
 
 
 def trained(model):
@@ -140,7 +145,7 @@ def test_a_run_trains_each_adapter_and_resumes_to_the_bit(make_trainer, make_pol
     end = trainer.policy.state_dict()
     moved = {name.split(".")[-2] for name in end if not torch.equal(end[name], start[name])}
     assert moved == {"default", CRITIC}
-    assert [row for row in trainer.state.log_history if "kl" in row][0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert next(row for row in trainer.state.log_history if "kl" in row)["kl"] == pytest.approx(0, abs=1e-5)
     again, _ = run("again", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert all(torch.equal(value, end[name]) for name, value in again.policy.state_dict().items())
     assert torch.equal(again.actor.value_model.score.weight, trainer.actor.value_model.score.weight)

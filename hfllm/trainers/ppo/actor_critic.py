@@ -378,7 +378,10 @@ class ActorCritic(nn.Module):
     def activation_checkpointing_enable(self, **kwargs) -> None:
         if isinstance(self.value_model, AdapterScorer):
             own = {"use_reentrant": False, "context_fn": self.value_model.recomputed}
-            kwargs["activation_checkpointing_kwargs"] = {**(kwargs.get("activation_checkpointing_kwargs") or {}), **own}
+            kwargs["activation_checkpointing_kwargs"] = {
+                **(kwargs.get("activation_checkpointing_kwargs") or {}),
+                **own,
+            }
             self.policy.activation_checkpointing_enable(**kwargs)
             return
         for model in (self.policy, self.value_model):

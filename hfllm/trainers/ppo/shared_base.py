@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.models.loading.adapters import HEADS, WEIGHT_FILES, SavedAdapter, find_adapter
+from hfllm.models.loading.saved import reads_pictures
 from hfllm.rewards.models import RewardModel
 from hfllm.trainers.engines import evaluation_mode
 
@@ -234,6 +235,7 @@ def put_on(policy: PreTrainedModel, saved: SavedAdapter, adapter: str) -> Adapte
 def _check_adapted(policy: PreTrainedModel) -> None:
     if not hasattr(policy, "peft_config"):
         raise InputError("shared_base=True needs a policy with an adapter: peft_config (--use_peft), or a PeftModel")
+    refuse_if(reads_pictures(policy), "shared_base=True works with language models; this policy reads pictures")
 
 
 def _check_base(policy: "PeftModel", saved: SavedAdapter) -> None:
