@@ -37,29 +37,27 @@ def save_scorer(name: str, folder: str) -> None:
     """Save a random adapter for scores of this model."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
-    import hfllm  # noqa: F401  (registers the family)
+    from hfllm.models.loading.saved import saved_model, saved_tokenizer
 
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=torch.float32)
+    model = saved_model(AutoModelForSequenceClassification, name, num_labels=1, dtype=torch.float32)
     config = LoraConfig(**LORA, init_lora_weights=False, task_type="SEQ_CLS", modules_to_save=["score"])
     config.exclude_modules = ["score"]
     get_peft_model(model, config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+    saved_tokenizer(name).save_pretrained(folder)
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Train for some rollouts; return the figures of `PHASES`."""
-    import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hfllm import PPOConfig, PPOTrainer
+    from hfllm.runs.models import NamedModel, load_policy
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    policy, tokenizer = load_policy(NamedModel(args.model_name_or_path, settings={"dtype": "float32"}))
     with tempfile.TemporaryDirectory() as folder:
         config = PPOConfig(
             folder,
@@ -68,7 +66,6 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 4},
             shared_base=args.side == "shared",
         )
-        policy = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
         prompts = Dataset.from_dict({"prompt": [*PROMPTS] * 16})
         adapter = LoraConfig(**LORA, task_type="CAUSAL_LM")
         trainer = PPOTrainer(
