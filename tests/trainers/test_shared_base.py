@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hfllm.errors import InputError
 from hfllm.models.loading.adapters import load_base, put_on
-from hfllm.rewards.models import RewardModel
+from hfllm.rewards.models import RewardEnsemble, RewardModel
 from hfllm.trainers.ppo import shared_base
 from hfllm.trainers.ppo.actor_critic import ActorCritic
 from hfllm.trainers.ppo.setup import as_reference
@@ -168,6 +168,15 @@ def test_a_new_critic_learns_beside_a_new_adapter(make_trainer, base, make_model
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and abs(rows[-1]["kl"]) > 0
 
 
+def test_members_of_an_ensemble_share_the_base_too(make_trainer, make_policy, scorer, tokenizer):
+    ensemble = RewardEnsemble([AdapterReward(scorer, tokenizer), AdapterReward(scorer, tokenizer)], "mean")
+    trainer = make_trainer(model=make_policy(), shared_base=True, reward_funcs=ensemble, max_steps=2)
+    trainer.train()
+    assert sorted(trainer.policy.peft_config) == [CRITIC, "default", "ref", "reward_0", "reward_1"]
+    separate = RewardModel(apart(scorer), tokenizer)(PROMPTS, COMPLETIONS)
+    assert ensemble(PROMPTS, COMPLETIONS) == pytest.approx(separate, rel=1e-6)
+
+
 def test_what_shares_no_base_is_refused(make_trainer, make_model, make_policy, scorer, base, tokenizer, tmp_path):
     with pytest.raises(InputError, match="needs a policy with an adapter"):
         make_trainer(shared_base=True)
@@ -183,6 +192,11 @@ def test_what_shares_no_base_is_refused(make_trainer, make_model, make_policy, s
     policy.add_adapter(CRITIC, LoraConfig(**LORA, task_type="CAUSAL_LM"))
     with pytest.raises(InputError, match="'critic' already"):
         put_critic_on(policy, None)
+    several = make_policy()
+    several.add_adapter("second", LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    several.base_model.set_adapter(["default", "second"])
+    with pytest.raises(InputError, match="adapters default, second are active: activate one"):
+        make_trainer(model=several, shared_base=True, kl_coef=0.0)
     trained_policy = make_policy()
     trained_policy.save_pretrained(tmp_path / "writer")
     with pytest.raises(InputError, match="expected SEQ_CLS"):

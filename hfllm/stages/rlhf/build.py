@@ -476,7 +476,7 @@ def check_models(
             saved_scorer(name)
     # A new head must not change the random numbers drawn later.
     with forked_random(training_args.device):
-        if trains_first and not training_args.shared_base:
+        if trains_first:
             policy = named_model(model_args)
             for name in reward_models:
                 load_reward(name, policy)

@@ -235,6 +235,8 @@ def put_on(policy: PreTrainedModel, saved: SavedAdapter, adapter: str) -> Adapte
 def _check_adapted(policy: PreTrainedModel) -> None:
     if not hasattr(policy, "peft_config"):
         raise InputError("shared_base=True needs a policy with an adapter: peft_config (--use_peft), or a PeftModel")
+    if len(policy.active_adapters) != 1:
+        raise InputError(f"shared_base=True: adapters {', '.join(policy.active_adapters)} are active: activate one")
     refuse_if(reads_pictures(policy), "shared_base=True works with language models; this policy reads pictures")
 
 
