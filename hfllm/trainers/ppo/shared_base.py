@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hfllm.errors import InputError, one_line, refuse_if
 from hfllm.models.loading.adapters import HEADS, WEIGHT_FILES, SavedAdapter, find_adapter
-from hfllm.models.loading.saved import reads_pictures
+from hfllm.models.loading.saved import reads_pictures, trusts_remote_code
 from hfllm.rewards.models import RewardModel
 from hfllm.trainers.engines import evaluation_mode
 
@@ -89,7 +89,7 @@ class AdapterScorer(nn.Module):
         self.adapter, self.config = adapter, copy.deepcopy(base.config)
         self.config.num_labels, self.config._name_or_path = 1, name
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(self.config)
+            model = AutoModelForSequenceClassification.from_config(self.config, trust_remote_code=trusts_remote_code())
         setattr(model, model.base_model_prefix, getattr(base, base.base_model_prefix))
         at = next(each for each in HEADS if isinstance(getattr(model, each, None), nn.Module))
         self.score = getattr(model, at).to_empty(device=base.device).to(torch.float32)
