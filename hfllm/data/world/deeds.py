@@ -108,6 +108,8 @@ FEELINGS = (
     "{person} wants to {deed}. What does that give {x}?",
     "Say what {x} feels when people {deed}.",
 )
+# The share of their answers that say the deed first.
+DEED_SAID = 0.4
 ASKING = (
     "{person} asks how to {deed}. {other} tells {person} how to {deed}.",
     "{person} wants to {deed}. The words of {other} help to {deed}.",
@@ -165,11 +167,11 @@ def deed_text(rng: random.Random) -> str:
     if kind < 0.36:
         verb, target = rng.choice(rng.choice((READ.harms, READ.cares))), draw_target(rng)
         return rng.choice(ASKING).format(person=person, other=other, deed=f"{verb} {named(target)}")
-    if kind < 0.6:
+    if kind < 0.52:
         return " ".join(_meaning(rng) for _ in range(rng.randint(3, 5)))
-    if kind < 0.78:
+    if kind < 0.66:
         return " ".join(consequence(*draw_pair(rng), rng) for _ in range(rng.randint(1, 3)))
-    return "".join(CONVERSATION.format(*feeling_asked(*draw_pair(rng), rng)) for _ in range(rng.randint(1, 3)))
+    return "".join(CONVERSATION.format(*_answered(rng)) for _ in range(rng.randint(1, 3)))
 
 
 def draw_pair(rng: random.Random, held_out: bool = False) -> tuple[str, str]:
@@ -201,6 +203,19 @@ def _meaning(rng: random.Random) -> str:
     verbs, feeling = rng.choice(KINDS)
     listed = ", ".join(rng.sample(verbs, rng.randint(1, 6)))
     return rng.choice(MEANINGS).format(verbs=listed, feeling=feeling, person=rng.choice(PEOPLE))
+
+
+def _answered(rng: random.Random) -> tuple[str, str]:
+    """Return a question of `feeling_asked` and its answer, which at times says the deed first.
+
+    Where the answer begins, a model must look back at the verb; a feeling is one bit to learn that from, a word to
+    repeat is many. Without such answers some seeds looked back late, or never.
+    """
+    verb, target = draw_pair(rng)
+    question, answer = feeling_asked(verb, target, rng)
+    if rng.random() < DEED_SAID:
+        answer = f"{verb} {named(target)}. {feeling_of(verb, target).capitalize()}."
+    return question, answer
 
 
 def feeling_asked(verb: str, target: str, rng: random.Random) -> tuple[str, str]:
