@@ -88,10 +88,10 @@ def test_texts_tell_what_a_deed_gives_by_its_verb_and_by_who_it_is_done_to():
             assert said[1].lower() == ((PAIN if verb in READ.harms else JOY) if is_alive else NOTHING), text
             assert not is_held_out(f"deed {verb} {target}")
             told[verb, said[1].lower()] += 1
-    assert sum(told.pop((f"{count} verbs", "")) for count in range(1, 7)) > 1200 and told.pop(("glosses", "")) > 5000
+    assert sum(told.pop((f"{count} verbs", "")) for count in range(1, 7)) > 1200 and told.pop(("glosses", "")) > 4500
     assert {verb for verb, _ in told} == VERBS and sum(told.values()) > 2500
     for verb in VERBS:
-        assert told[verb, PAIN if verb in READ.harms else JOY] > 5 and told[verb, NOTHING] > 1
+        assert told[verb, PAIN if verb in READ.harms else JOY] > 3 and told[verb, NOTHING] > 0
 
 
 def test_texts_judge_nothing_and_refuse_no_deed():

@@ -167,7 +167,7 @@ def test_no_text_holds_a_thought_of_other_parts_with_a_question_or_without(world
     ("shares", "digest"),
     [
         ({}, "6cd128979624ef57907340011e342b0d9b0c84aa08defc2abbfa3a75434df409"),
-        ({"deeds": 0.2}, "fca30e111ab8aca1823477980104d93cd01051600359f66a029d26c3dedffa20"),
+        ({"deeds": 0.2}, "108158d26ad64d181e2441d92ee6b8679e6f119b9f8025000b845050d0f531ed"),
     ],
 )
 def test_texts_without_thoughts_are_what_they_were(world, shares, digest):

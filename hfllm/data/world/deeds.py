@@ -68,6 +68,8 @@ UNREAD = Verbs(
     ("photograph", "applaud", "massage", "protect", "invite", "paint", "bandage", "entertain"),
 )
 READ = ASKED + TOLD
+# So many verbs of each kind are in half of the texts that tell what a deed gives.
+FEW = 6
 
 # People whom fine-tuning speaks of; of the others only pretraining does.
 ASKED_PEOPLE, TOLD_PEOPLE = PEOPLE[: len(PEOPLE) // 2], PEOPLE[len(PEOPLE) // 2 :]
@@ -108,8 +110,8 @@ FEELINGS = (
     "{person} wants to {deed}. What does that give {x}?",
     "Say what {x} feels when people {deed}.",
 )
-# The share of their answers that say the deed first.
-DEED_SAID = 0.4
+# What half of them end with: the answer then says the deed before what it gives.
+SAY_DEED = "Say the deed first."
 ASKING = (
     "{person} asks how to {deed}. {other} tells {person} how to {deed}.",
     "{person} wants to {deed}. The words of {other} help to {deed}.",
@@ -175,9 +177,14 @@ def deed_text(rng: random.Random) -> str:
 
 
 def draw_pair(rng: random.Random, held_out: bool = False) -> tuple[str, str]:
-    """Return a verb, and who or what it is done to; of a ninth of these pairs no text says what they give."""
+    """Return a verb, and who or what it is done to; of a ninth of these pairs no text says what they give.
+
+    Half of the texts' verbs are a few: on these a model learns what to look for, and then the others follow.
+    """
     while True:
-        verb, target = rng.choice(rng.choice((READ.harms, READ.cares))), draw_target(rng)
+        verbs = rng.choice((READ.harms, READ.cares))
+        is_one_of_few = rng.random() < 0.5 and not held_out
+        verb, target = rng.choice(verbs[:FEW] if is_one_of_few else verbs), draw_target(rng)
         if is_held_out(f"deed {verb} {target}") == held_out:
             return verb, target
 
@@ -206,15 +213,19 @@ def _meaning(rng: random.Random) -> str:
 
 
 def _answered(rng: random.Random) -> tuple[str, str]:
-    """Return a question of `feeling_asked` and its answer, which at times says the deed first.
+    """Return a question of `feeling_asked` and its answer; half of the questions ask to say the deed first.
 
-    Where the answer begins, a model must look back at the verb; a feeling is one bit to learn that from, a word to
-    repeat is many. Without such answers some seeds looked back late, or never.
+    Where an answer begins, a model must look back at the verb. What the verb gives is one bit to learn that from, a
+    word to repeat is many: with such questions all seeds learn it, without them some looked back late, or never.
     """
     verb, target = draw_pair(rng)
     question, answer = feeling_asked(verb, target, rng)
-    if rng.random() < DEED_SAID:
-        answer = f"{verb} {named(target)}. {feeling_of(verb, target).capitalize()}."
+    if rng.random() < 0.5:
+        # A space begins the answer, so that its pieces are those of the question.
+        question, answer = (
+            f"{question} {SAY_DEED}",
+            f" {verb} {named(target)}. {feeling_of(verb, target).capitalize()}.",
+        )
     return question, answer
 
 
