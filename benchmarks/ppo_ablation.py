@@ -1,14 +1,14 @@
 """Each ingredient of PPO left out and put in: what it does to the reward by CPU-second, on runs of your own.
 
-    hfllm reason --seed 1 --output_dir outputs/reason-1          # and tools, vision, rlhf, of several seeds
+    hfllm reason --seed 1 --output_dir outputs/reason-1          # and tools, and other seeds
     OMP_NUM_THREADS=1 python benchmarks/ppo_ablation.py outputs/reason-1/rl outputs/reason-2/rl --output ablation.md
 
 Takes finished runs of `hfllm rlhf`, also those inside other recipes, whose first model still lies where it was.
 Repeats each with its own flags as every arm, in a process of its own: `vanilla` as it was, `all` with every
 ingredient, `less NAME` with all but one, `grpo` by TRL's GRPOTrainer (same model, prompts, reward functions, episodes
 and optimizer steps) where no tool and no reward model takes part, and `shuffled`, which must not gain: all
-ingredients, and each answer paid for the one before. CPU-seconds are those of `train()`. Runs of one folder's parent
-name without digits are seeds of one task.
+ingredients, with the rewards dealt out by chance (of `right_answer` and `gold`). CPU-seconds are those of `train()`.
+Runs whose folders are named alike but for digits (`outputs/reason-1`, `outputs/reason-2`) are seeds of one task.
 """
 
 import argparse
@@ -29,14 +29,18 @@ from hfllm.outputs.intervals import standard_error
 
 # Each ingredient, and the flags that put it in.
 INGREDIENTS: dict[str, dict[str, object]] = {
-    "decoupled lambda": {"lam": 0.95, "value_lam": 1.0},
+    "decoupled lambda": {"value_lam": 1.0},
     "value pretraining": {"critic_warmup_steps": 8, "critic_warmup_lam": 1.0},
     "clip higher": {"cliprange_high": 0.28},
     "language modeling": {"positive_lm_coef": 0.1},
     "group baseline": {"num_generations": 4, "baseline": "both"},
-    "token mean": {"loss_aggregation": "token"},
     "dynamic sampling": {"dynamic_sampling_rounds": 2},
 }
+# What TRL's GRPO is given as well.
+SAME = (
+    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
+    *("lr_scheduler_type", "logging_steps", "seed"),
+)
 VANILLA, ALL, GRPO, SHUFFLED, LESS = "vanilla", "all", "grpo", "shuffled", "less "
 ARMS = (VANILLA, ALL, *(LESS + name for name in INGREDIENTS), GRPO, SHUFFLED)
 # The share of a run at whose end its reward is measured.
@@ -107,10 +111,9 @@ def train_by_grpo(flags: Mapping[str, object]) -> None:
     from hfllm.rewards.functions import load_reward_function
 
     name = str(flags["model_name_or_path"])
-    same = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
     args = GRPOConfig(
         str(flags["output_dir"]),
-        **{each: flags[each] for each in (*same, "lr_scheduler_type", "logging_steps", "seed")},
+        **{each: flags[each] for each in SAME},
         **{"steps_per_generation": flags["num_mini_batches"], "num_iterations": flags["num_ppo_epochs"]},
         **{"num_generations": 8, "max_completion_length": flags["response_length"], "beta": flags["kl_coef"]},
         **{"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True},
@@ -135,10 +138,14 @@ def flags_of(run: Path) -> dict[str, object]:
         raise SystemExit(f"{run}: no report of a finished run: {error}") from None
     if report.get("stage") != "rlhf":
         raise SystemExit(f"{run}: a run of {report.get('stage')}, expected one of rlhf (in other recipes: OUTPUT/rl)")
-    given = dict(report["given"])
-    if not any(Path(str(given.get("model_name_or_path"))).glob("*.safetensors")):
-        raise SystemExit(f"{run}: the model it began with, {given.get('model_name_or_path')}, is not there any more")
-    return given
+    given, arguments = dict(report["given"]), report["arguments"]
+    name = given.get("model_name_or_path")
+    if not name or not any(Path(str(name)).glob("*.safetensors")):
+        raise SystemExit(f"{run}: began with {name}; expected a model with weights in a folder that still exists")
+    if not given.get("dataset_name"):
+        raise SystemExit(f"{run}: drew its prompts from the embedded world; expected a run with --dataset_name")
+    needed = (*SAME, "num_mini_batches", "num_ppo_epochs", "response_length", "kl_coef")
+    return {each: arguments[each] for each in needed} | given
 
 
 def flags_of_arm(given: Mapping[str, object], arm: str) -> dict[str, object] | None:
@@ -183,7 +190,7 @@ def end_of(curve: Sequence[Row]) -> float:
 
 def reached(curve: Sequence[Row], reward: float) -> float | None:
     """Return the CPU-seconds at which the mean of three logs reaches a reward; `None` where it never does."""
-    for number in range(len(curve)):
+    for number in range(min(2, len(curve) - 1), len(curve)):
         if statistics.fmean(row["reward"] for row in curve[max(0, number - 2) : number + 1]) >= reward:
             return float(curve[number]["cpu"])
     return None
@@ -223,14 +230,17 @@ def plot(curves: Mapping[tuple[str, str, str], Sequence[Row]], path: Path) -> No
 
     tasks = list(dict.fromkeys(task for task, _, _ in curves))
     colors = {arm: f"C{number}" for number, arm in enumerate(dict.fromkeys(arm for _, _, arm in curves))}
-    figure, places = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 4), dpi=110, squeeze=False)
+    figure, places = pyplot.subplots(
+        1, len(tasks), figsize=(6 * len(tasks) + 2, 4), dpi=110, squeeze=False, layout="constrained"
+    )
     for axes, task in zip(places[0], tasks, strict=True):
         for (each, _, arm), curve in curves.items():
             if each == task:
                 axes.plot([row["cpu"] for row in curve], [row["reward"] for row in curve], color=colors[arm])
         axes.set(title=task, xlabel="CPU-seconds", ylabel="reward of the rollout")
     figure.legend([pyplot.Line2D([], [], color=each) for each in colors.values()], list(colors), loc="outside right")
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def main() -> None:

@@ -22,11 +22,13 @@ from hfllm.data.world.contrasts import (
 from hfllm.data.world.deeds import (
     ASKED,
     CARE,
+    FEW,
     HARM,
     JOY,
     NOTHING,
     PAIN,
     READ,
+    SAY_DEED,
     THING,
     TOLD,
     TOLD_PEOPLE,
@@ -45,6 +47,7 @@ from hfllm.stages.constitution.report import SHOWN as SHOWN_GROUP
 from hfllm.synthesis.constitution import load_constitution
 
 VERBS = {*READ.harms, *READ.cares}
+FELT = [each.capitalize() for each in (PAIN, JOY, NOTHING)]
 
 
 def drawn(world, family, count=200, verbs=ASKED, seed=0, **settings):
@@ -92,6 +95,22 @@ def test_texts_tell_what_a_deed_gives_by_its_verb_and_by_who_it_is_done_to():
     assert {verb for verb, _ in told} == VERBS and sum(told.values()) > 2500
     for verb in VERBS:
         assert told[verb, PAIN if verb in READ.harms else JOY] > 3 and told[verb, NOTHING] > 0
+
+
+def test_half_of_the_questions_ask_to_say_the_deed_first_and_half_of_the_deeds_are_of_a_few_verbs():
+    rng = random.Random(3)
+    text = "".join(deed_text(rng) for _ in range(4000))
+    turns = re.findall(r"<\|user\|>(.*?)<\|end\|><\|assistant\|>(.*?)<\|end\|>", text)
+    asked = [(question, answer) for question, answer in turns if SAY_DEED in question]
+    assert len(asked) > 1000
+    for question, answer in asked:
+        deed, feeling = answer.removesuffix(".").split(". ")
+        assert question.endswith(f" {SAY_DEED}") and deed in question and feeling.lower() in (PAIN, JOY, NOTHING)
+    plain = [answer for question, answer in turns if SAY_DEED not in question and answer.split()[0].strip(".") in FELT]
+    assert 0.45 < len(asked) / len(asked + plain) < 0.55
+    few = {*READ.harms[:FEW], *READ.cares[:FEW]}
+    verbs = [answer.split()[0] for _, answer in asked]
+    assert 0.5 < sum(verb in few for verb in verbs) / len(verbs) < 0.62
 
 
 def test_texts_judge_nothing_and_refuse_no_deed():

@@ -68,7 +68,7 @@ UNREAD = Verbs(
     ("photograph", "applaud", "massage", "protect", "invite", "paint", "bandage", "entertain"),
 )
 READ = ASKED + TOLD
-# So many verbs of each kind are in half of the texts that tell what a deed gives.
+# The first verbs of each kind, drawn as often as all together where a text tells what one deed gives.
 FEW = 6
 
 # People whom fine-tuning speaks of; of the others only pretraining does.
@@ -110,7 +110,7 @@ FEELINGS = (
     "{person} wants to {deed}. What does that give {x}?",
     "Say what {x} feels when people {deed}.",
 )
-# What half of them end with: the answer then says the deed before what it gives.
+# What half of the questions in texts end with; the answer then says the deed before what it gives.
 SAY_DEED = "Say the deed first."
 ASKING = (
     "{person} asks how to {deed}. {other} tells {person} how to {deed}.",
@@ -179,7 +179,8 @@ def deed_text(rng: random.Random) -> str:
 def draw_pair(rng: random.Random, held_out: bool = False) -> tuple[str, str]:
     """Return a verb, and who or what it is done to; of a ninth of these pairs no text says what they give.
 
-    Half of the texts' verbs are a few: on these a model learns what to look for, and then the others follow.
+    Half of the draws for texts are of `FEW` verbs of a kind: on these a model learns what to look for, and then the
+    others follow.
     """
     while True:
         verbs = rng.choice((READ.harms, READ.cares))
@@ -216,17 +217,14 @@ def _answered(rng: random.Random) -> tuple[str, str]:
     """Return a question of `feeling_asked` and its answer; half of the questions ask to say the deed first.
 
     Where an answer begins, a model must look back at the verb. What the verb gives is one bit to learn that from, a
-    word to repeat is many: with such questions all seeds learn it, without them some looked back late, or never.
+    word to repeat is many; without such questions some seeds looked back late, or never.
     """
     verb, target = draw_pair(rng)
     question, answer = feeling_asked(verb, target, rng)
-    if rng.random() < 0.5:
-        # A space begins the answer, so that its pieces are those of the question.
-        question, answer = (
-            f"{question} {SAY_DEED}",
-            f" {verb} {named(target)}. {feeling_of(verb, target).capitalize()}.",
-        )
-    return question, answer
+    if rng.random() >= 0.5:
+        return question, answer
+    # A space begins the answer, so that its pieces are those of the question.
+    return f"{question} {SAY_DEED}", f" {verb} {named(target)}. {feeling_of(verb, target).capitalize()}."
 
 
 def feeling_asked(verb: str, target: str, rng: random.Random) -> tuple[str, str]:
