@@ -5,6 +5,7 @@ import json
 import pytest
 import reward
 import rlhf
+import torch
 
 from hfllm.errors import InputError
 from hfllm.models.loading.adapters import load_scorer, scorer_class
@@ -64,7 +65,8 @@ def test_on_the_world_steps_of_held_out_problems_are_judged(base, tmp_path):
     [
         (["--num_samples", "2"], "--task process compares no answers"),
         (["--augment", "0.1"], "--task process compares no answers"),
-        (["--center_rewards_coefficient", "0.1"], "--task process has no use of it"),
+        (["--center_rewards_coefficient", "0.1"], "--task process compares no answers"),
+        (["--max_pixels", "100"], "no row has a picture"),
         (["--use_peft"], "PEFT keeps no config, which says where steps end"),
     ],
 )
@@ -80,3 +82,20 @@ def test_the_worlds_steps_have_settings_of_their_own():
     assert not script_args.use_muon
     script_args, _, _ = reward.parse([])
     assert script_args.label_noise == 0.1
+
+
+@pytest.mark.parametrize(("flags", "rate"), [([], 0.0), (["--disable_dropout", "false"], 0.5)])
+def test_dropout_is_off_unless_asked_for(saved, tmp_path, monkeypatch, flags, rate):
+    rates = []
+
+    def keep(trainer, *rest, **options):
+        rates.extend(each.p for each in trainer.model.modules() if isinstance(each, torch.nn.Dropout))
+        raise InputError("far enough")
+
+    monkeypatch.setattr("hfllm.trainers.mixins.train", keep)
+    config = json.loads((saved / "config.json").read_text())
+    write(saved / "config.json", [config | {"classifier_dropout": 0.5}])
+    rows = write(tmp_path / "steps.jsonl", solutions(60))
+    with pytest.raises(InputError, match="far enough"):
+        run(saved, tmp_path / "out", "--dataset_name", rows, *flags)
+    assert max(rates) == rate

@@ -80,6 +80,8 @@ def test_a_reward_scores_with_the_bits_of_a_separate_model(make_policy, scorer, 
     policy = make_policy()
     before, learns = policy(torch.tensor([[5, 6, 7]])).logits, trained(policy)
     reward = AdapterReward(scorer, tokenizer)
+    with pytest.raises(InputError, match="is on no policy yet: PPOTrainer"):
+        reward(PROMPTS, COMPLETIONS)
     reward.put_on(policy)
     separate = RewardModel(apart(scorer), tokenizer)
     assert reward(PROMPTS, COMPLETIONS) == separate(PROMPTS, COMPLETIONS)

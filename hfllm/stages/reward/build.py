@@ -115,8 +115,9 @@ class RewardArguments(
     refused: ClassVar[Refused] = {
         "augment": (SHOWS, OF_STEPS),
         # Anyone loading the model with its processor would read it with another template.
-        "chat_template_path": SEES,
-        **dict.fromkeys(("eos_token", "pad_to_multiple_of"), SHOWS.because(WHOLE)),
+        "chat_template_path": (SEES, OF_STEPS),
+        **dict.fromkeys(("eos_token", "pad_to_multiple_of"), (SHOWS.because(WHOLE), OF_STEPS)),
+        "center_rewards_coefficient": OF_STEPS,
         "max_length": SHOWS.because(NOT_CUT),
     }
 

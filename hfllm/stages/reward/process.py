@@ -22,11 +22,6 @@ TASK_TYPE = "TOKEN_CLS"
 CLAIMS = [
     Promise("steps judged right", "step_accuracy", "majority_step_accuracy", "of the more frequent label"),
 ]
-# Flags of reward models of whole answers, off by default.
-COMPARISONS_ALONE = (
-    *("chat_template_path", "eos_token", "pad_to_multiple_of", "center_rewards_coefficient"),
-    *("freeze_vision", "freeze_text"),
-)
 # Solutions with a slip in the report.
 SAMPLES = 8
 
@@ -50,6 +45,7 @@ def train_on_steps(
     from hfllm.runs.stage import Stage
     from hfllm.stages.pretrain.flags import check_adapter
     from hfllm.trainers.callbacks import use_plain_lines
+    from hfllm.trainers.engines import disable_dropout
     from hfllm.trainers.learning_rate import scaled_learning_rate
     from hfllm.trainers.mixins import train
     from hfllm.trainers.monitors import StalledWeights
@@ -57,10 +53,7 @@ def train_on_steps(
     from hfllm.trainers.pretraining.trainer import optimizer_of
     from hfllm.trainers.trl_trainers import StepTrainer
 
-    check_flags(script_args, model_args)
-    for name in COMPARISONS_ALONE:
-        value = getattr(training_args, name, None) or getattr(script_args, name, None)
-        refuse_if(value, f"--{name} {value}: --task process has no use of it")
+    check_flags(script_args, training_args, model_args, sees=False, shows=False)
     why = "PEFT keeps no config, which says where steps end: train all weights"
     refuse_if(model_args.use_peft, f"--use_peft with --task process: {why}")
     check_muon(script_args.use_muon, training_args, model_args.use_peft)
@@ -89,6 +82,8 @@ def train_on_steps(
     set_seed(seed)
     model = load_head_to_train(base, output_dir, AutoModelForTokenClassification, TASK_TYPE, num_labels=1)
     refuse_if(hasattr(model, "peft_config"), f"--model_name_or_path {base.name} is an adapter; {why} (hfllm merge)")
+    if training_args.disable_dropout:
+        disable_dropout(model)
     model.config.pad_token_id = tokenizer.pad_token_id
     setattr(model.config, STEP_END_FIELD, kind)
     length = fitting_length(training_args.max_length, model)

@@ -312,6 +312,11 @@ class AdapterReward(RewardModel):
         self.saved, self.tokenizer, self.batch_size = saved_scorer(name, **location), tokenizer, batch_size
         self.model, self.__name__ = None, Path(name).name
 
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Sequence[object]) -> list[float]:
+        why = f"adapter {self.saved.name!r} is on no policy yet: PPOTrainer(shared_base=True) puts it there"
+        refuse_if(self.model is None, why)
+        return super().__call__(prompts, completions, **columns)
+
     def put_on(self, policy: PreTrainedModel) -> None:
         """Put the adapter on the policy, once."""
         taken = [each for each in getattr(policy, "peft_config", {}) if each.startswith(REWARD)]

@@ -35,7 +35,7 @@ from hfllm.trainers.ppo.actor_critic import ActorCritic, entropy_of, scatter_to_
 from hfllm.trainers.ppo.base_trainer import ActorCriticTrainer
 from hfllm.trainers.ppo.config import PPOConfig, with_default_rates
 from hfllm.trainers.ppo.formulas import KLController, RunningMoments
-from hfllm.trainers.ppo.prompts import PretrainingBatches, check_prompts, read_rows, rollout_loader
+from hfllm.trainers.ppo.prompts import PretrainingBatches, Rows, check_prompts, read_rows, rollout_loader
 from hfllm.trainers.ppo.rollout import (
     COUNTS,
     Batch,
@@ -305,7 +305,8 @@ class PPOTrainer(ActorCriticTrainer):
                 break
             drawn += len(alike)
             indices = torch.randint(len(self.train_dataset), (len(alike),), generator=generator).tolist()
-            rows = [self.train_dataset[index] for index in indices for _ in range(size)]
+            rows = Rows(self.train_dataset[index] for index in indices for _ in range(size))
+            rows = rows.to(self.accelerator.device)
             other = with_actions(self.sample(rows))
             places = (alike.unsqueeze(1) * size + torch.arange(size, device=alike.device)).flatten()
             scores = scores.with_replaced(self.scorer.begin(rows, other, self.state)(), places)
