@@ -1,6 +1,6 @@
 """PPO on a reward for the first token of a long answer: how far the estimators of advantages reach back.
 
-    OMP_NUM_THREADS=1 python benchmarks/long_answers.py --lengths 16 128 512 --arms default value_lam --seeds 1 2 3
+    OMP_NUM_THREADS=1 python benchmarks/long_answers.py --lengths 16 128 512 --arms default lam_95 shuffled
 
 A random model of 50,000 parameters writes answers of a fixed length. The reward is 1 where the first token is one of
 a half of the possible ones; every other token is noise. Chance is .5. Prints, for each length and arm, the mean reward
@@ -30,13 +30,14 @@ TEXTS = (
 WORDS = range(40, 56)
 ARMS: dict[str, dict[str, object]] = {
     "default": {},
-    "lam": {"lam": 1.0},
-    "value_lam": {"value_lam": 1.0},
-    "length": {"lam_alpha": 0.05, "value_lam": 1.0},
+    "lam_95": {"lam": 0.95},
+    "lam_1": {"lam": 1.0},
+    "value_lam": {"lam": 0.95, "value_lam": 1.0},
+    "both": {"value_lam": 1.0},
     "clip_higher": {"cliprange_high": 0.28},
-    "warm": {"value_lam": 1.0, "critic_warmup_steps": 32},
+    "warm": {"critic_warmup_lam": 1.0, "critic_warmup_steps": 32},
     # The rewards of other answers: must not gain.
-    "shuffled": {"value_lam": 1.0},
+    "shuffled": {},
 }
 
 
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 128, 512])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rollouts", type=int, default=20, help="Of 64 answers, with eight optimizer steps each.")
+    parser.add_argument("--rollouts", type=int, default=60, help="Of 64 answers, with eight optimizer steps each.")
     args = parser.parse_args()
     rows = []
     for length in args.lengths:

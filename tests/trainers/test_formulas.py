@@ -89,6 +89,16 @@ def test_lambda_by_length_looks_over_a_share_of_the_response():
     torch.testing.assert_close(1 / (1 - lam[1:]), torch.tensor([5.0, 25.0], dtype=torch.float64))
 
 
+def test_by_default_lambda_looks_over_20_tokens_or_all_of_a_longer_response():
+    mask = (torch.arange(500) < torch.tensor([[10], [20], [50], [500]])).double()
+    expected = torch.tensor([0.95, 0.95, 1 - 1 / 125, 1 - 1 / 12_500], dtype=torch.float64)
+    torch.testing.assert_close(formulas.default_lam(mask), expected)
+    # Where none is longer, the bits are those of one number for all.
+    assert formulas.default_lam(mask[:2]) == 0.95
+    # A masked token is none of the response.
+    assert formulas.default_lam((torch.arange(40) % 2 == 0).double().unsqueeze(0)) == 0.95
+
+
 def test_the_upper_clip_lets_good_tokens_rise_further_and_bad_ones_no_less():
     old, mask = torch.zeros(1, 3), torch.ones(1, 3)
     new, advantages = torch.tensor([[1.26, 1.26, 0.5]]).log(), torch.tensor([[1.0, -1.0, 1.0]])

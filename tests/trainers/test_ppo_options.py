@@ -394,6 +394,7 @@ def test_the_critic_learns_by_a_lambda_of_its_own(make_trainer, prompts):
     earned = own.returns[:, :1].expand_as(own.returns) * own.response_mask
     torch.testing.assert_close(own.returns, earned, atol=1e-5, rtol=1e-5)
     assert (plain.returns - own.returns).abs().max() > 1e-3
+    assert torch.equal(rollout_of(lam=0.95).advantages, plain.advantages)
     by_length = rollout_of(lam_alpha=0.5)
     assert (by_length.advantages - plain.advantages).abs().max() > 1e-3
     torch.testing.assert_close(by_length.returns, (by_length.advantages + plain.values) * plain.response_mask)

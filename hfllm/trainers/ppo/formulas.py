@@ -18,6 +18,9 @@ import torch
 
 from hfllm.trainers.ppo.options import KL_ESTIMATORS
 
+# Lambda for short responses, and the tokens that it looks over: the sum of its powers.
+LAM, REACH = 0.95, 20
+
 # ---- formulas ----
 
 
@@ -137,6 +140,17 @@ def length_adaptive_lam(mask: torch.Tensor, alpha: float) -> torch.Tensor:
     response, however long that is, and not over the same 20 tokens (lambda .95).
     """
     return (1 - 1 / (alpha * mask.sum(1)).clamp(min=1.0)).to(mask.dtype)
+
+
+def default_lam(mask: torch.Tensor) -> float | torch.Tensor:
+    """Return .95, or lambda (B,) where a response is longer than the 20 tokens that this looks over.
+
+    For l chosen tokens it then looks over l^2 / 20 of them, 1 - 20 / l^2: what comes l tokens later counts
+    exp(-20 / l), nearly all of it in a long response, and with .95 nearly nothing.
+    """
+    # One number for all: the sums are then a product of matrices.
+    lengths = mask.sum(1)
+    return LAM if lengths.max() <= REACH else (1 - REACH / lengths.clamp(min=REACH) ** 2).to(mask.dtype)
 
 
 def means_of_others(totals: torch.Tensor, size: int) -> torch.Tensor:

@@ -16,7 +16,6 @@ BASELINES = ("critic", "group", "both")
 VLLM_MODES = ("colocate", "server")
 # Seconds for the rewards of a batch: as long as other processes wait for this one.
 REWARD_TIMEOUT = 1800.0
-LAM = 0.95
 
 
 @dataclass
@@ -103,13 +102,17 @@ class RewardOptions:
     whiten_advantages: bool = flag(True, "Scale advantages to zero mean, unit variance.")
     advantage_clip: float | None = flag(None, "Clip advantages to this size, after whitening.", takes=POSITIVE)
     gamma: float = flag(1.0, "Discount factor.", takes=SHARE)
-    lam: float = flag(LAM, "Lambda of generalized advantage estimation.", takes=SHARE)
+    lam: float | None = flag(
+        None,
+        "Lambda of generalized advantage estimation; by default 0.95, or 1 - 20 / tokens^2 for more than 20 tokens.",
+        takes=SHARE,
+    )
     value_lam: float | None = flag(
         None, "Lambda of the critic's returns; by default that of the advantages (arXiv:2503.01491).", takes=SHARE
     )
     lam_alpha: float | None = flag(
         None,
-        "Lambda of each response by its tokens, 1 - 1 / (lam_alpha * tokens), in place of `lam` (arXiv:2504.05118).",
+        "Lambda of each response by its tokens, 1 - 1 / (lam_alpha * tokens), however few (arXiv:2504.05118).",
         takes=POSITIVE,
     )
     baseline: str = flag(

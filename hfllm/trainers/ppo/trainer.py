@@ -342,10 +342,12 @@ class PPOTrainer(ActorCriticTrainer):
             whole = formulas.first_chosen(returns, mask)
             advantages = (returns - formulas.means_of_others(whole, args.num_generations).unsqueeze(1)) * mask
         else:
-            lam, alpha, value_lam = args.lam, args.lam_alpha, args.value_lam
+            value_lam = args.value_lam
             if self.state.global_step < args.critic_warmup_steps and args.critic_warmup_lam is not None:
                 value_lam = args.critic_warmup_lam
-            lam = lam if alpha is None else formulas.length_adaptive_lam(mask, alpha)
+            lam = formulas.default_lam(mask) if args.lam is None else args.lam
+            if args.lam_alpha is not None:
+                lam = formulas.length_adaptive_lam(mask, args.lam_alpha)
             advantages, returns = formulas.generalized_advantages(
                 rewards, tokens.values, mask, args.gamma, lam, value_lam
             )
