@@ -145,7 +145,9 @@ def flags_of(run: Path) -> dict[str, object]:
     if not given.get("dataset_name"):
         raise SystemExit(f"{run}: drew its prompts from the embedded world; expected a run with --dataset_name")
     needed = (*SAME, "num_mini_batches", "num_ppo_epochs", "response_length", "kl_coef")
-    return {each: arguments[each] for each in needed} | given
+    # Runs of before 1 - 20 / tokens^2 have .95.
+    lam = {} if arguments.get("lam") is None else {"lam": arguments["lam"]}
+    return {each: arguments[each] for each in needed} | lam | given
 
 
 def flags_of_arm(given: Mapping[str, object], arm: str) -> dict[str, object] | None:

@@ -395,6 +395,9 @@ def test_the_critic_learns_by_a_lambda_of_its_own(make_trainer, prompts):
     torch.testing.assert_close(own.returns, earned, atol=1e-5, rtol=1e-5)
     assert (plain.returns - own.returns).abs().max() > 1e-3
     assert torch.equal(rollout_of(lam=0.95).advantages, plain.advantages)
+    longer = [rollout_of(response_length=32, **lam) for lam in ({}, {"lam": 0.95})]
+    assert longer[0].response_mask.sum(1).max() > 20
+    assert (longer[0].advantages - longer[1].advantages).abs().max() > 1e-3
     by_length = rollout_of(lam_alpha=0.5)
     assert (by_length.advantages - plain.advantages).abs().max() > 1e-3
     torch.testing.assert_close(by_length.returns, (by_length.advantages + plain.values) * plain.response_mask)

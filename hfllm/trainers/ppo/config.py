@@ -7,6 +7,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
 from hfllm.flags import NOT_NEGATIVE, POSITIVE, at_least, changed, check_arguments, flag
+from hfllm.trainers.ppo.formulas import LAM
 from hfllm.trainers.ppo.options import PPOOptions
 from hfllm.trainers.ppo.shared_base import AdapterScorer
 
@@ -52,7 +53,7 @@ class PPOConfig(PPOOptions, TrainingArguments):
                 f"num_generations={self.num_generations} must divide the {self.local_rollout_batch_size} episodes "
                 "that a process samples for a rollout"
             )
-        if self.lam_alpha is not None and self.lam is not None:
+        if self.lam_alpha is not None and self.lam not in (None, LAM):
             raise ValueError(f"lam_alpha={self.lam_alpha} takes lambda from the length: leave out lam={self.lam}")
         self._check_groups()
         if self.positive_lm_coef == 0 and self.positive_lm_min_reward != 1:
@@ -84,9 +85,9 @@ class PPOConfig(PPOOptions, TrainingArguments):
         for name in [name for name, is_on in needs.items() if is_on and self.num_generations < 2]:
             value = getattr(self, name)
             raise ValueError(f"{name}={value!r} compares the answers to a prompt: num_generations must be at least 2")
-        unread = {"lam": None, "lam_alpha": None, "value_lam": None, "critic_warmup_steps": 0}
+        unread = {"lam": LAM, "lam_alpha": None, "value_lam": None, "critic_warmup_steps": 0}
         for name, default in unread.items() if self.baseline == "group" else ():
-            if getattr(self, name) != default:
+            if getattr(self, name) not in (None, default):
                 raise ValueError(
                     f"baseline='group' has no use of {name}={getattr(self, name)}: the critic decides none"
                 )
