@@ -7,7 +7,8 @@ XSTest's prompts, half of which only sound harmful, are dealt out by the seed. F
 by `hfllm sft`, to criticize and revise: harm is found and refused, anything else is kept. To the second part, in which
 nothing is labeled, the model answers, the critic revises what it has flagged, and the model is tuned on the result.
 The third part is held out for `hfllm evaluate`. In the control the model is its own critic. Prints a table of the
-refusals of each seed; finished runs stay.
+refusals of each seed; finished runs stay. Flags that are not listed below go to all training, such as `--use_peft`
+and `--dtype bfloat16`.
 """
 
 import argparse
@@ -116,23 +117,21 @@ def write_rows(args: argparse.Namespace, folder: Path, seed: int) -> None:
     write_csv(folder / "held_out.csv", held_out)
 
 
-def run(args: argparse.Namespace, seed: int) -> dict[str, float]:
-    """Teach the critic, run the course with it and with the model as its own critic, and evaluate all three models."""
+def run(args: argparse.Namespace, flags: Sequence[str], seed: int) -> dict[str, float]:
+    """Teach the critic, run the course with it and with the model as its own critic, and evaluate all three models.
+
+    Args:
+        flags: of the model and its adapters, for `hfllm sft` and `hfllm constitution`.
+    """
     folder = Path(args.output_dir, f"seed_{seed}")
     if not (folder / "held_out.csv").is_file():
         write_rows(args, folder, seed)
-    named = ["--model_name_or_path", args.model_name_or_path]
-    words = [*named, "--dataset_name", folder / "critiques.jsonl", "--seed", seed]
-    recipe(
-        "sft",
-        *words,
-        "--output_dir",
-        folder / "critic",
-        *(["--config", args.critic_config] if args.critic_config else []),
-    )
+    named = ["--model_name_or_path", args.model_name_or_path, "--seed", seed, *flags]
+    words = ["--dataset_name", folder / "critiques.jsonl", "--output_dir", folder / "critic"]
+    recipe("sft", *named, *words, *(["--config", args.critic_config] if args.critic_config else []))
     words = [*named, "--dataset_name", folder / "revised.csv", "--helpful_dataset_name", folder / "helpful.jsonl"]
     words += ["--response_length", LENGTH, "--num_revisions", 1, "--last_stage", "sl", "--revise_only_flagged"]
-    words += ["--seed", seed, "--batch_size", 16, *(["--sl_config", args.config] if args.config else [])]
+    words += ["--batch_size", 16, *(["--sl_config", args.config] if args.config else [])]
     for name, critic in ((TAUGHT, ["--critic_model_name_or_path", folder / "critic"]), (OWN, [])):
         recipe("constitution", *words, *critic, "--output_dir", folder / name)
     words = ["--suites", "refusals", "--xstest_file", folder / "held_out.csv", "--max_new_tokens", LENGTH]
@@ -159,7 +158,9 @@ def table_of(results: dict[int, dict[str, float]], labels: Sequence[str]) -> str
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all seeds, and print their table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--xstest_file", required=True, help="XSTest's CSV, with labels.")
     parser.add_argument("--helpful_dataset_name", required=True, help="Alpaca's rows; their answers are not read.")
@@ -168,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--helpful", type=int, default=60, help="Prompts to which the model keeps its own answers.")
     parser.add_argument("--config", help="YAML flags of the tuning on revisions.")
     parser.add_argument("--critic_config", help="YAML flags of the critic's fine-tuning.")
-    args = parser.parse_args(argv)
-    results = {seed: run(args, seed) for seed in args.seeds}
+    args, flags = parser.parse_known_args(argv)
+    results = {seed: run(args, flags, seed) for seed in args.seeds}
     print(table_of(results, labels_of(models(args, args.seeds[0]))))
 
 

@@ -4,7 +4,8 @@
 
 Each passage is some sentences of a text. A name or a number that stands once in it is left out of one sentence, and
 the question asks for it. Rows and their held-out part are drawn by the seed; `hfllm ground` trains the model with
-passages and, as a control, without. Prints a table of the held-out answers of each seed; finished runs stay.
+passages and, as a control, without. Prints a table of the held-out answers of each seed; finished runs stay. Flags
+that are not listed below go to `hfllm ground`, such as `--dtype bfloat16`.
 """
 
 import argparse
@@ -41,8 +42,8 @@ def gap_rows(texts: Sequence[str], seed: int) -> Iterator[Row]:
                 yield {"prompt": f'What stands in place of the gap? "{left}"', "answer": gap[0], "passage": passage}
 
 
-def run(args: argparse.Namespace, texts: Sequence[str], seed: int) -> dict[str, float]:
-    """Return the metrics of one seed."""
+def run(args: argparse.Namespace, flags: Sequence[str], texts: Sequence[str], seed: int) -> dict[str, float]:
+    """Return the metrics of one seed; `flags` are those of `hfllm ground`."""
     folder = Path(args.output_dir, f"seed_{seed}")
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(gap_rows(texts, seed))
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace, texts: Sequence[str], seed: int) -> dict[str, 
     words += ["--seed", str(seed), "--output_dir", str(folder / "ground"), "--num_questions", str(args.questions)]
     for name in ("sft", "grounded"):
         words += [f"--{name}_config", args.config] if args.config else []
-    return recipe.main(*recipe.parse(words))
+    return recipe.main(*recipe.parse([*words, *flags]))
 
 
 def table(results: dict[int, dict[str, float]]) -> str:
@@ -72,17 +73,21 @@ def table(results: dict[int, dict[str, float]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all seeds, and print their table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--texts", required=True, help="A file or folder of texts, each a document.")
+    parser.add_argument(
+        "--texts", required=True, nargs="+", help="Files or folders of texts, each a document, or pydoc."
+    )
     parser.add_argument("--output_dir", default="outputs/own_grounding")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rows", type=int, default=384, help="Rows at most, the held-out tenth included.")
     parser.add_argument("--questions", type=int, default=40, help="Held-out questions at most.")
     parser.add_argument("--config", help="YAML flags of both runs of fine-tuning.")
-    args = parser.parse_args(argv)
-    texts = [row["text"] for row in load_source(args.texts).rows]
-    print(table({seed: run(args, texts, seed) for seed in args.seeds}))
+    args, flags = parser.parse_known_args(argv)
+    texts = [row["text"] for source in args.texts for row in load_source(source).rows]
+    print(table({seed: run(args, flags, texts, seed) for seed in args.seeds}))
 
 
 if __name__ == "__main__":

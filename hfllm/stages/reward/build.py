@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 PREFERENCE, PROCESS = TASKS = ("preference", "process")
 OF_STEPS = Fact(lambda flags: flags.task == PROCESS, "--task process compares no answers")
+AS_THEY_ARE = "with --task process solutions are tokenized here, by the model's own tokenizer as it is"
 CLAIMS = [Promise("held-out comparisons in the right order", "reward_model_accuracy", 0.5, "by chance")]
 
 
@@ -116,7 +117,10 @@ class RewardArguments(
         "augment": (SHOWS, OF_STEPS),
         # Anyone loading the model with its processor would read it with another template.
         "chat_template_path": (SEES, OF_STEPS),
-        **dict.fromkeys(("eos_token", "pad_to_multiple_of"), (SHOWS.because(WHOLE), OF_STEPS)),
+        **dict.fromkeys(("eos_token", "pad_to_multiple_of"), (SHOWS.because(WHOLE), OF_STEPS.because(AS_THEY_ARE))),
+        **dict.fromkeys(("pad_token", "dataset_num_proc"), OF_STEPS.because(AS_THEY_ARE)),
+        "train_sampling_strategy": OF_STEPS.because("with --task process solutions come in random order"),
+        "activation_offloading": OF_STEPS.because("--task process trains with transformers' Trainer, which has none"),
         "center_rewards_coefficient": OF_STEPS,
         "max_length": SHOWS.because(NOT_CUT),
     }

@@ -32,7 +32,7 @@ def train_on_steps(
     """Train a model of steps, judge it on held-out solutions, save it, write the report. Return the metrics."""
     from transformers import AutoModelForTokenClassification, set_seed
 
-    from hfllm.flags import changed, check_flags
+    from hfllm.flags import check_flags
     from hfllm.runs.models import (
         check_trainable,
         fitting_length,
@@ -57,8 +57,6 @@ def train_on_steps(
     why = "PEFT keeps no config, which says where steps end: train all weights"
     refuse_if(model_args.use_peft, f"--use_peft with --task process: {why}")
     check_muon(script_args.use_muon, training_args, model_args.use_peft)
-    # Lengths differ little, and their order is that of the comparisons.
-    training_args = changed(training_args, train_sampling_strategy="random")
     stage = Stage("reward", script_args, training_args, model_args)
     stage.check()
     if stage.is_finished:
