@@ -3,7 +3,8 @@
     hfllm reason --seed 1 --output_dir outputs/reason-1          # and tools, and other seeds
     OMP_NUM_THREADS=1 python benchmarks/ppo_ablation.py outputs/reason-1/rl outputs/reason-2/rl --output ablation.md
 
-Takes finished runs of `hfllm rlhf`, also those inside other recipes, whose first model still lies where it was.
+Takes finished runs of `hfllm rlhf`, also those inside other recipes, whose first model still lies where it was; of the
+main job (`outputs/rlhf`), which is paid by a reward model, the figure is the gold reward.
 Repeats each with its own flags as every arm, in a process of its own: `vanilla` as it was, `all` with every
 ingredient, `less NAME` with all but one, `grpo` by TRL's GRPOTrainer (same model, prompts, reward functions, episodes
 and optimizer steps) where no tool and no reward model takes part, and `shuffled`, which must not gain: all
@@ -25,7 +26,9 @@ from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hfllm.data.sources import WORLD
 from hfllm.outputs.intervals import standard_error
+from hfllm.runs.recipes import settings_file
 
 # Each ingredient, and the flags that put it in.
 INGREDIENTS: dict[str, dict[str, object]] = {
@@ -73,7 +76,8 @@ class Clock(TrainerCallback):
     ) -> None:
         """Add a line."""
         if logs and "reward" in logs:
-            seen = {"step": state.global_step, "reward": logs["reward"], "cpu": time.process_time() - self.began}
+            reward = logs.get("rewards/gold_reward", logs["reward"])
+            seen = {"step": state.global_step, "reward": reward, "cpu": time.process_time() - self.began}
             with self.file.open("a") as file:
                 file.write(json.dumps(seen) + "\n")
 
@@ -139,11 +143,15 @@ def flags_of(run: Path) -> dict[str, object]:
     if report.get("stage") != "rlhf":
         raise SystemExit(f"{run}: a run of {report.get('stage')}, expected one of rlhf (in other recipes: OUTPUT/rl)")
     given, arguments = dict(report["given"]), report["arguments"]
+    if not given.get("model_name_or_path") and not given.get("dataset_name"):
+        # The main job has made its models itself; a named model no longer has the world's settings by default.
+        given |= {"config": str(settings_file("rlhf/world.yaml")), "model_name_or_path": str(run / "sft")}
+        given |= {"reward_model_name_or_path": str(run / "reward"), "dataset_name": WORLD}
     name = given.get("model_name_or_path")
     if not name or not any(Path(str(name)).glob("*.safetensors")):
         raise SystemExit(f"{run}: began with {name}; expected a model with weights in a folder that still exists")
     if not given.get("dataset_name"):
-        raise SystemExit(f"{run}: drew its prompts from the embedded world; expected a run with --dataset_name")
+        raise SystemExit(f"{run}: your model drew its prompts from the embedded world; expected --dataset_name")
     needed = (*SAME, "num_mini_batches", "num_ppo_epochs", "response_length", "kl_coef")
     # Runs of before 1 - 20 / tokens^2 have .95.
     lam = {} if arguments.get("lam") is None else {"lam": arguments["lam"]}
