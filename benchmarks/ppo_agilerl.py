@@ -116,7 +116,7 @@ def run_agile(args: argparse.Namespace, folder: str) -> Run:
     base.HAS_LIGER_KERNEL = False
     began, rewards, seconds = time.process_time(), [], []
     rows = [{"question": prompt, "answer": ""} for prompt in save_model(folder, args.seed)]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     def share(completion: str, answer: object, question: object) -> float:
         return share_of_targets(completion)
