@@ -111,12 +111,11 @@ def run_agile(args: argparse.Namespace, folder: str) -> Run:
     from agilerl.llm_envs.rubrics import reward_fn_to_rubric
     from agilerl.training.llm.rollout import train_llm_rollout
     from peft import LoraConfig
-    from transformers import AutoTokenizer
 
     base.HAS_LIGER_KERNEL = False
     began, rewards, seconds = time.process_time(), [], []
     rows = [{"question": prompt, "answer": ""} for prompt in save_model(folder, args.seed)]
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = build_tokenizer(VOCABULARY)
 
     def share(completion: str, answer: object, question: object) -> float:
         return share_of_targets(completion)
