@@ -71,6 +71,8 @@ def listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        # At once: until then another process may take the port too, and whoever reads the address is turned away.
+        listening.listen()
     except (OSError, OverflowError) as error:
         listening.close()
         raise InputError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None

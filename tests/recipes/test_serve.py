@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import socket
 import threading
 import time
 import urllib.error
@@ -351,6 +352,14 @@ def test_what_cannot_be_served_is_refused(served, monkeypatch):
     taken = int(served[0].rpartition(":")[2])
     with pytest.raises(InputError, match=f"--host 127.0.0.1 --port {taken}: "):
         listen("127.0.0.1", taken)
+
+
+def test_a_port_is_taken_before_its_address_is_said():
+    with listen("127.0.0.1", 0) as listening:
+        address = listening.getsockname()
+        socket.create_connection(address, timeout=5).close()
+        with pytest.raises(InputError, match=f"--host 127.0.0.1 --port {address[1]}: "):
+            listen(*address)
 
 
 def test_an_error_of_its_own_is_json_too(served, client, monkeypatch):
