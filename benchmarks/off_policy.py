@@ -31,7 +31,7 @@ NEVER = [0, 1]  # the tokens for padding and for the end
 HEAD_STD = 0.2
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 CAPS = {"no cap": None, "cap 2": 2.0}
-# Of the weights, one for each seed and arm: the reward of each rollout and what the log says at the end.
+# Of a seed and arm: the reward of each rollout, and the means of what the log says.
 Run = dict[str, object]
 
 

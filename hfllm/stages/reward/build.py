@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 PREFERENCE, PROCESS = TASKS = ("preference", "process")
 OF_STEPS = Fact(lambda flags: flags.task == PROCESS, "--task process compares no answers")
-AS_THEY_ARE = "with --task process solutions are tokenized here, by the model's own tokenizer as it is"
+AS_THEY_ARE = "with --task process solutions are tokenized and padded here, by the model's own tokenizer as it is"
 CLAIMS = [Promise("held-out comparisons in the right order", "reward_model_accuracy", 0.5, "by chance")]
 
 
