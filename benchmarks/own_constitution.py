@@ -4,11 +4,11 @@
         --helpful_dataset_name alpaca.json
 
 XSTest's prompts, half of which only sound harmful, are dealt out by the seed. From the first part the critic learns,
-by `hfllm sft`, to criticize and revise: harm is found and refused, anything else is kept. To the second part, in which
-nothing is labeled, the model answers, the critic revises what it has flagged, and the model is tuned on the result.
-The third part is held out for `hfllm evaluate`. In the control the model is its own critic. Prints a table of the
-refusals of each seed; finished runs stay. Flags that are not listed below go to all training, such as `--use_peft`
-and `--dtype bfloat16`.
+by `hfllm sft`, to criticize and revise by one principle: harm is found and refused, anything else is kept. To the
+second part, in which nothing is labeled, the model answers, the critic revises what it has flagged, and the model is
+tuned on the result. The third part is held out for `hfllm evaluate`. In the control the model is its own critic.
+Prints a table of the refusals of each seed; finished runs stay. Flags that are not listed below go to all training,
+such as `--use_peft` and `--dtype bfloat16`.
 """
 
 import argparse
@@ -24,10 +24,15 @@ from hfllm.runs.models import NamedModel
 from hfllm.runs.recipes import load_recipe
 from hfllm.stages.evaluate.flags import labels_of
 from hfllm.stages.shared import load_speaking
-from hfllm.synthesis.constitution import load_constitution
 
 TAUGHT, OWN = "taught_critic", "own_critic"
-LENGTH, ROUNDS = 48, 2
+LENGTH, ROUNDS = 32, 1
+# Without a preference question: the critic has not learned to compare answers.
+PRINCIPLE = {
+    "name": "harm",
+    "critique": "Does the request, or your last answer, help somebody to hurt people or to break the law?",
+    "revision": "Write your last answer again so that it helps nobody to hurt people or to break the law.",
+}
 # Shares of the prompts for the critic and for the revisions; the rest is held out.
 FOR_CRITIC, FOR_REVISIONS = 0.4, 0.3
 FOUND = (
@@ -73,13 +78,13 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def critiques(rows: Sequence[Row], answers: Sequence[str], seed: int) -> list[Row]:
-    """Return conversations in which harm is found and refused, and all else is kept, by principles of `general`."""
-    rng, principles = random.Random(f"own-constitution-critic-{seed}"), load_constitution("general").principles
+    """Return conversations in which harm is found and refused, and all else is kept."""
+    rng = random.Random(f"own-constitution-critic-{seed}")
     result: list[Row] = []
     for row, answer in [*zip(rows, answers, strict=True)] * ROUNDS:
-        principle, is_harmful = rng.choice(principles), row["label"] == "unsafe"
+        is_harmful = row["label"] == "unsafe"
         found, written = (rng.choice(FOUND), rng.choice(REFUSALS)) if is_harmful else (rng.choice(NOTHING), answer)
-        asked = [row["prompt"], rng.choice(principle.critique), rng.choice(principle.revision)]
+        asked = [row["prompt"], PRINCIPLE["critique"], PRINCIPLE["revision"]]
         said = [answer, found, written]
         messages = [
             {"role": role, "content": text}
@@ -113,6 +118,7 @@ def write_rows(args: argparse.Namespace, folder: Path, seed: int) -> None:
     rows = [{"prompt": prompt} for prompt in harmless[: args.helpful]]
     (folder / "helpful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_csv(folder / "revised.csv", for_revisions)
+    (folder / "constitution.json").write_text(json.dumps([PRINCIPLE]), encoding="utf-8")
     # Written last: it says that all are there.
     write_csv(folder / "held_out.csv", held_out)
 
@@ -130,8 +136,9 @@ def run(args: argparse.Namespace, flags: Sequence[str], seed: int) -> dict[str, 
     words = ["--dataset_name", folder / "critiques.jsonl", "--output_dir", folder / "critic"]
     recipe("sft", *named, *words, *(["--config", args.critic_config] if args.critic_config else []))
     words = [*named, "--dataset_name", folder / "revised.csv", "--helpful_dataset_name", folder / "helpful.jsonl"]
-    words += ["--response_length", LENGTH, "--num_revisions", 1, "--last_stage", "sl", "--revise_only_flagged"]
-    words += ["--batch_size", 16, *(["--sl_config", args.config] if args.config else [])]
+    words += ["--constitution", folder / "constitution.json", "--revise_only_flagged", "--num_revisions", 1]
+    words += ["--response_length", LENGTH, "--batch_size", 16, "--last_stage", "sl"]
+    words += ["--sl_config", args.config] if args.config else []
     for name, critic in ((TAUGHT, ["--critic_model_name_or_path", folder / "critic"]), (OWN, [])):
         recipe("constitution", *words, *critic, "--output_dir", folder / name)
     words = ["--suites", "refusals", "--xstest_file", folder / "held_out.csv", "--max_new_tokens", LENGTH]

@@ -1,11 +1,11 @@
-"""`hfllm ground` on a real model and texts: questions about gaps in sentences, over several seeds.
+"""`hfllm ground` on a real model and texts: questions about how sentences go on, over several seeds.
 
     python benchmarks/own_grounding.py --model_name_or_path NAME --texts articles.txt
 
-Each passage is some sentences of a text. A name or a number that stands once in it is left out of one sentence, and
-the question asks for it. Rows and their held-out part are drawn by the seed; `hfllm ground` trains the model with
-passages and, as a control, without. Prints a table of the held-out answers of each seed; finished runs stay. Flags
-that are not listed below go to `hfllm ground`, such as `--dtype bfloat16`.
+Each passage is some sentences of a text. The question is the beginning of one of them and asks for the name or number
+that comes next, which stands once in the passage. Rows and their held-out part are drawn by the seed; `hfllm ground`
+trains the model with passages and, as a control, without. Prints a table of the held-out answers of each seed;
+finished runs stay. Flags that are not listed below go to `hfllm ground`, such as `--use_peft`.
 """
 
 import argparse
@@ -19,40 +19,48 @@ from hfllm.data.sources import load_source
 from hfllm.outputs.figures import shown
 from hfllm.runs.recipes import load_recipe
 
-SENTENCES, LONGEST, SHORTEST = 4, 700, 150
+# Sentences and characters of a passage, and characters of the beginning of a sentence.
+SENTENCES, LONGEST, SHORTEST, BEGINNING = 3, 400, 120, 24
 # A name inside of a sentence, or a number.
-GAP = re.compile(r"(?<=[a-z,] )(?:[A-Z][a-z]+(?: [A-Z][a-z]+)*|\d[\d,.]*\d)")
+NAME = re.compile(r"(?<=[a-z,] )(?:[A-Z][a-z]+(?: [A-Z][a-z]+)*|\d[\d,.]*\d)")
 KINDS = ("alone", "among", "absent", "injected", "disagreeing")
 MODELS = ("base", "sft", "grounded")
 Row = dict[str, str]
 
 
-def gap_rows(texts: Sequence[str], seed: int) -> Iterator[Row]:
-    """Yield a row for each passage of which a sentence has something to leave out."""
+def next_rows(texts: Sequence[str], seed: int) -> Iterator[Row]:
+    """Yield a row for each passage of which a sentence has a name or number to ask for."""
     rng = random.Random(f"own-grounding-{seed}")
     for text in texts:
         sentences = re.split(r"(?<=[.!?])\s+", text)
         for start in range(0, len(sentences) - SENTENCES + 1, SENTENCES):
             part = sentences[start : start + SENTENCES]
             passage, sentence = " ".join(part), rng.choice(part)
-            gaps = [gap for gap in GAP.finditer(sentence) if len(gap[0]) > 2 and passage.count(gap[0]) == 1]
-            if gaps and SHORTEST < len(passage) < LONGEST and len(sentence) < LONGEST // 2:
-                gap = rng.choice(gaps)
-                left = f"{sentence[: gap.start()]}___{sentence[gap.end() :]}"
-                yield {"prompt": f'What stands in place of the gap? "{left}"', "answer": gap[0], "passage": passage}
+            if SHORTEST < len(passage) < LONGEST and (nexts := list(asked_for(sentence, passage))):
+                beginning, answer = rng.choice(nexts)
+                yield {"prompt": f'What comes next: "{beginning} ..."?', "answer": answer, "passage": passage}
+
+
+def asked_for(sentence: str, passage: str) -> Iterator[tuple[str, str]]:
+    """Yield beginnings of a sentence and the name or number that comes next, where both stand once in the passage."""
+    for found in NAME.finditer(sentence):
+        beginning = sentence[: found.start()].strip()
+        stands_once = passage.count(found[0]) == 1 and passage.count(beginning) == 1
+        if len(found[0]) > 2 and len(beginning) >= BEGINNING and stands_once:
+            yield beginning, found[0]
 
 
 def run(args: argparse.Namespace, flags: Sequence[str], texts: Sequence[str], seed: int) -> dict[str, float]:
     """Return the metrics of one seed; `flags` are those of `hfllm ground`."""
     folder = Path(args.output_dir, f"seed_{seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list(gap_rows(texts, seed))
+    rows = list(next_rows(texts, seed))
     random.Random(seed).shuffle(rows)
     file = folder / "rows.jsonl"
     if not file.is_file():
         file.write_text("".join(json.dumps(row) + "\n" for row in rows[: args.rows]), encoding="utf-8")
     recipe = load_recipe("ground")
-    words = ["--model_name_or_path", args.model_name_or_path, "--dataset_name", str(file), "--use_peft"]
+    words = ["--model_name_or_path", args.model_name_or_path, "--dataset_name", str(file)]
     words += ["--seed", str(seed), "--output_dir", str(folder / "ground"), "--num_questions", str(args.questions)]
     for name in ("sft", "grounded"):
         words += [f"--{name}_config", args.config] if args.config else []

@@ -5,8 +5,7 @@
 Problems whose question and solution are short are dealt out by the seed into those that are learned and held-out ones.
 `hfllm reason` fine-tunes the model on the solutions, and on the answers alone as a control; PPO on exact match goes on
 from the first, and a control of it learns from the same rewards dealt out by chance. Prints a table of the held-out
-answers of each seed; finished runs stay. Flags that are not listed below go to `hfllm reason`, such as
-`--dtype bfloat16`.
+answers of each seed; finished runs stay. Flags that are not listed below go to `hfllm reason`, such as `--use_peft`.
 """
 
 import argparse
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace, flags: Sequence[str], rows: Sequence[Row], see
     recipe = load_recipe("reason")
     words = ["--model_name_or_path", args.model_name_or_path, "--dataset_name", str(folder / "problems.jsonl")]
     words += ["--eval_dataset_name", str(folder / "held_out.jsonl"), "--num_eval_prompts", str(args.questions)]
-    words += ["--seed", str(seed), "--output_dir", str(folder / "reason"), "--use_peft"]
+    words += ["--seed", str(seed), "--output_dir", str(folder / "reason")]
     for name in ("sft", "rlhf"):
         file = getattr(args, f"{name}_config")
         words += [f"--{name}_config", file] if file else []

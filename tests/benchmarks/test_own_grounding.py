@@ -1,23 +1,23 @@
-"""Questions about gaps: the passage has the answer once, and the question does not."""
+"""Questions about how sentences go on: the passage has the answer once, and the question does not."""
 
 import runpy
 from pathlib import Path
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "own_grounding.py"))
-gap_rows, table = BENCHMARK["gap_rows"], BENCHMARK["table"]
+next_rows, table = BENCHMARK["next_rows"], BENCHMARK["table"]
 TEXT = (
-    "The river Ouse rises near Brackley and flows to the sea. It passes Bedford on its way. In 1799 it froze, "
-    "and people walked to Ely. The water is clear today. "
+    "The river Ouse rises near the town of Brackley and flows to the sea. On its way it passes Bedford twice. "
+    "It froze in the winter of 1799, and people walked from Earith to Ely. "
 ) * 3
 
 
-def test_gaps_are_names_or_numbers_that_stand_once():
-    rows = [row for seed in range(20) for row in gap_rows([TEXT], seed)]
-    assert {row["answer"] for row in rows} >= {"Ouse", "Bedford", "1799"} and list(gap_rows([TEXT], 1)) != rows[:3]
+def test_the_name_or_number_that_comes_next_stands_once():
+    rows = [row for seed in range(20) for row in next_rows([TEXT], seed)]
+    assert {row["answer"] for row in rows} >= {"Brackley", "1799", "Ely"} and list(next_rows([TEXT], 1)) != rows[:3]
     for row in rows:
-        left = row["prompt"].partition('"')[2]
-        assert row["passage"].count(row["answer"]) == 1 and row["answer"] not in left
-        assert left.rstrip('"').replace("___", row["answer"]) in row["passage"]
+        beginning = row["prompt"].partition('"')[2].removesuffix(' ..."?')
+        assert row["passage"].count(row["answer"]) == row["passage"].count(beginning) == 1
+        assert f"{beginning} {row['answer']}" in row["passage"]
 
 
 def test_the_table_has_a_column_for_each_seed():

@@ -1,4 +1,4 @@
-"""benchmarks/own_tools.py and own_constitution.py: what is asked is held out, and what is taught is right."""
+"""The benchmarks on a model of one's own: what is asked is held out, and what is taught is right."""
 
 import importlib.util
 import json
@@ -82,3 +82,22 @@ def test_the_parts_of_xstest_share_no_prompt_and_the_critic_finds_harm_alone(tmp
         is_harmful = asked.startswith("unsafe")
         assert found.startswith("Yes" if is_harmful else "No") and (written in own.REFUSALS) == is_harmful
         assert is_harmful or written == answer
+
+
+def test_word_problems_are_short_without_notes_and_held_out_ones_are_not_learned(tmp_path):
+    own, file = load("own_reasoning"), tmp_path / "problems.jsonl"
+    rows = [
+        {"question": f"What is {n} and 2?", "answer": f"It is <<{n}+2={n + 2}>>{n + 2}.\n#### {n + 2}"}
+        for n in range(30)
+    ]
+    long = {"question": "What is it?" * 30, "answer": "It is 1.\n#### 1"}
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, long]))
+    problems = own.problems_of(str(file), 300)
+    assert len(problems) == 30 and problems[3] == {"prompt": "What is 3 and 2?", "answer": "It is 5.\n#### 5"}
+    own.write_rows(tmp_path, problems, 1, 20, 10)
+    learned, held_out = rows_of(tmp_path, "problems"), rows_of(tmp_path, "held_out")
+    assert len(learned) == 20 and len(held_out) == 10
+    assert sorted(row["prompt"] for row in [*learned, *held_out]) == sorted(row["prompt"] for row in problems)
+    own.write_rows(tmp_path, problems, 2, 20, 10)
+    assert rows_of(tmp_path, "held_out") != held_out
+    assert "| tuned on solutions | 0.5" in own.table({1: {"thoughts_right": 0.5, "thoughts_right_n": 10}})
