@@ -4,11 +4,11 @@
         --helpful_dataset_name alpaca.json
 
 XSTest's prompts, half of which only sound harmful, are dealt out by the seed. From the first part the critic learns,
-by `hfllm sft`, to criticize and revise by one principle: harm is found and refused, anything else is kept. To the
-second part, in which nothing is labeled, the model answers, the critic revises what it has flagged, and the model is
-tuned on the result. The third part is held out for `hfllm evaluate`. In the control the model is its own critic.
-Prints a table of the refusals of each seed; finished runs stay. Flags that are not listed below go to all training,
-such as `--use_peft` and `--dtype bfloat16`.
+by `hfllm sft`, to criticize and revise by one principle: whether the request means harm, and to refuse where it does.
+To the first and the second part, in which nothing is labeled, the model answers, the critic revises what it has
+flagged, and the model is tuned on the result. The third part is held out for `hfllm evaluate`. In the control the
+model is its own critic. Prints a table of the refusals of each seed; finished runs stay. Flags that are not listed
+below go to all training, such as `--use_peft`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import csv
 import json
 import random
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 from hfllm.data.sources import load_source
@@ -26,7 +27,8 @@ from hfllm.stages.evaluate.flags import labels_of
 from hfllm.stages.shared import load_speaking
 
 TAUGHT, OWN = "taught_critic", "own_critic"
-LENGTH, ROUNDS = 32, 1
+# Tokens of an answer, and harmful prompts for which the critic learns to write a refusal.
+LENGTH, REFUSED = 32, 24
 # Without a preference question: the critic has not learned to compare answers.
 PRINCIPLE = {
     "name": "harm",
@@ -35,16 +37,9 @@ PRINCIPLE = {
 }
 # Shares of the prompts for the critic and for the revisions; the rest is held out.
 FOR_CRITIC, FOR_REVISIONS = 0.4, 0.3
-FOUND = (
-    "Yes. The request asks for help with something that hurts people or breaks the law, and the answer goes along.",
-    "Yes. Whoever follows this answer could do harm, since the request itself wants harm.",
-    "Yes. What is asked for would hurt somebody, and the answer does not turn it down.",
-)
-NOTHING = (
-    "No. The request is harmless although it may sound otherwise, and so is the answer.",
-    "No. Nothing in the answer could hurt anybody: the question means no harm.",
-    "No. Nobody is hurt by what is asked here, and the answer is fine.",
-)
+# Short, since the first word decides what is flagged.
+FOUND = ("Yes. It helps somebody to do harm.", "Yes. Somebody could be hurt by it.", "Yes. It goes along with harm.")
+NOTHING = ("No. It helps nobody to do harm.", "No. Nobody could be hurt by it.", "No. It means no harm.")
 REFUSALS = (
     "I'm sorry, but I can't help with that, because it could hurt someone. I can help with something safe instead.",
     "I can't help with this. It would do harm. If something is troubling you, talk to a person you trust.",
@@ -78,21 +73,26 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def critiques(rows: Sequence[Row], answers: Sequence[str], seed: int) -> list[Row]:
-    """Return conversations in which harm is found and refused, and all else is kept."""
+    """Return prompts and completions: critiques, as many of harmful answers as of others, and some refusals."""
     rng = random.Random(f"own-constitution-critic-{seed}")
-    result: list[Row] = []
-    for row, answer in [*zip(rows, answers, strict=True)] * ROUNDS:
-        is_harmful = row["label"] == "unsafe"
-        found, written = (rng.choice(FOUND), rng.choice(REFUSALS)) if is_harmful else (rng.choice(NOTHING), answer)
-        asked = [row["prompt"], PRINCIPLE["critique"], PRINCIPLE["revision"]]
-        said = [answer, found, written]
-        messages = [
-            {"role": role, "content": text}
-            for pair in zip(asked, said, strict=True)
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-        result.append({"messages": messages})
-    return result
+    asked: dict[bool, list[list[str]]] = {True: [], False: []}
+    for row, answer in zip(rows, answers, strict=True):
+        asked[row["label"] == "unsafe"].append([row["prompt"], answer, PRINCIPLE["critique"]])
+    most = max(map(len, asked.values()))
+    learned = [
+        ([*turns], rng.choice(FOUND if is_harmful else NOTHING))
+        for is_harmful, all_turns in asked.items()
+        for turns in islice(cycle(all_turns), most)
+    ]
+    for turns in asked[True][:REFUSED]:
+        learned.append(([*turns, rng.choice(FOUND), PRINCIPLE["revision"]], rng.choice(REFUSALS)))
+    rng.shuffle(learned)
+    return [{"prompt": messages_of(turns), "completion": messages_of([said], "assistant")} for turns, said in learned]
+
+
+def messages_of(turns: Sequence[str], *roles: str) -> list[Row]:
+    """Return turns as messages, of the user and the assistant by turns."""
+    return [{"role": role, "content": text} for role, text in zip(cycle(roles or ("user", "assistant")), turns)]
 
 
 def recipe(name: str, *words: object) -> dict[str, float]:
@@ -117,7 +117,7 @@ def write_rows(args: argparse.Namespace, folder: Path, seed: int) -> None:
     random.Random(f"own-constitution-helpful-{seed}").shuffle(harmless)
     rows = [{"prompt": prompt} for prompt in harmless[: args.helpful]]
     (folder / "helpful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    write_csv(folder / "revised.csv", for_revisions)
+    write_csv(folder / "revised.csv", [*for_critic, *for_revisions])
     (folder / "constitution.json").write_text(json.dumps([PRINCIPLE]), encoding="utf-8")
     # Written last: it says that all are there.
     write_csv(folder / "held_out.csv", held_out)
@@ -146,9 +146,13 @@ def run(args: argparse.Namespace, flags: Sequence[str], seed: int) -> dict[str, 
 
 
 def models(args: argparse.Namespace, seed: int) -> list[str]:
-    """Return the models that are evaluated: as it was, with the taught critic, and with itself as critic."""
+    """Return the models to evaluate: as it was, with the taught critic, with itself as critic; where one was tuned."""
     folder = Path(args.output_dir, f"seed_{seed}")
-    return [args.model_name_or_path, *(str(folder / name / "sl") for name in (TAUGHT, OWN))]
+    tuned = [folder / name / "sl" for name in (TAUGHT, OWN)]
+    for each in tuned:
+        if not each.is_dir():
+            print(f"{each}: nothing was learned, see {each.parent / 'report.md'}")
+    return [args.model_name_or_path, *(str(each) for each in tuned if each.is_dir())]
 
 
 def table_of(results: dict[int, dict[str, float]], labels: Sequence[str]) -> str:
@@ -178,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--critic_config", help="YAML flags of the critic's fine-tuning.")
     args, flags = parser.parse_known_args(argv)
     results = {seed: run(args, flags, seed) for seed in args.seeds}
-    print(table_of(results, labels_of(models(args, args.seeds[0]))))
+    labels = dict.fromkeys(label for seed in args.seeds for label in labels_of(models(args, seed)))
+    print(table_of(results, [*labels]))
 
 
 if __name__ == "__main__":

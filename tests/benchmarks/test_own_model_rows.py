@@ -75,13 +75,21 @@ def test_the_parts_of_xstest_share_no_prompt_and_the_critic_finds_harm_alone(tmp
     assert [len(part) for part in parts] == [16, 12, 12]
     assert sorted(row["prompt"] for part in parts for row in part) == sorted(row["prompt"] for row in rows)
     assert all(sum(row["label"] == "safe" for row in part) == len(part) / 2 for part in parts)
-    taught = own.critiques(parts[0], [f"said {row['prompt']}" for row in parts[0]], 1)
-    assert len(taught) == own.ROUNDS * 16
+    taught = own.critiques(parts[0][:-3], [f"said {row['prompt']}" for row in parts[0][:-3]], 1)
+    harmful, harmless, refused = [], [], []
     for row in taught:
-        asked, answer, _, found, _, written = (message["content"] for message in row["messages"])
-        is_harmful = asked.startswith("unsafe")
-        assert found.startswith("Yes" if is_harmful else "No") and (written in own.REFUSALS) == is_harmful
-        assert is_harmful or written == answer
+        asked, answer, question, *_ = (message["content"] for message in row["prompt"])
+        assert answer == f"said {asked}" and question == own.PRINCIPLE["critique"]
+        assert [message["role"] for message in row["prompt"]][:3] == ["user", "assistant", "user"]
+        (said,) = row["completion"]
+        assert said["role"] == "assistant"
+        if row["prompt"][-1]["content"] == own.PRINCIPLE["revision"]:
+            assert asked.startswith("unsafe") and said["content"] in own.REFUSALS
+            refused.append(asked)
+        else:
+            (harmful if said["content"].startswith("Yes") else harmless).append(asked)
+    assert all(asked.startswith("unsafe") for asked in [*harmful, *refused]) and refused
+    assert all(asked.startswith("safe") for asked in harmless) and len(harmful) == len(harmless)
 
 
 def test_word_problems_are_short_without_notes_and_held_out_ones_are_not_learned(tmp_path):
