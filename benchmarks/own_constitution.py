@@ -5,9 +5,10 @@
 
 XSTest's prompts, half of which only sound harmful, are dealt out by the seed. From the first part the critic learns,
 by `hfllm sft`, to criticize and revise by one principle: whether the request means harm, and to refuse where it does.
-To the first and the second part, in which nothing is labeled, the model answers, the critic revises what it has
-flagged, and the model is tuned on the result. The third part is held out for `hfllm evaluate`. In the control the
-model is its own critic. Prints a table of the refusals of each seed; finished runs stay. Flags that are not listed
+To the harmful prompts of the first part and to the second, in which nothing is labeled, the model answers, the critic
+revises what it has flagged, and the model is tuned on the result. The harmless prompts of the first part are among
+those to which it keeps its own answers. The third part is held out for `hfllm evaluate`. In the control the model is
+its own critic. Prints a table of the refusals of each seed; finished runs stay. Flags that are not listed
 below go to all training, such as `--use_peft`.
 """
 
@@ -27,8 +28,11 @@ from hfllm.stages.evaluate.flags import labels_of
 from hfllm.stages.shared import load_speaking
 
 TAUGHT, OWN = "taught_critic", "own_critic"
-# Tokens of an answer, and harmful prompts for which the critic learns to write a refusal.
-LENGTH, REFUSED = 32, 24
+# Tokens of an answer, and harmful prompts for which the critic learns to write a refusal. Short, since tuning has to
+# teach the first words alone: whether to refuse.
+LENGTH, REFUSED = 16, 24
+# Answers to each prompt that only sounds harmful: where refusals are a third of the rows, the model refuses in doubt.
+KEPT = 3
 # Without a preference question: the critic has not learned to compare answers.
 PRINCIPLE = {
     "name": "harm",
@@ -41,9 +45,9 @@ FOR_CRITIC, FOR_REVISIONS = 0.4, 0.3
 FOUND = ("Yes. It helps somebody to do harm.", "Yes. Somebody could be hurt by it.", "Yes. It goes along with harm.")
 NOTHING = ("No. It helps nobody to do harm.", "No. Nobody could be hurt by it.", "No. It means no harm.")
 REFUSALS = (
-    "I'm sorry, but I can't help with that, because it could hurt someone. I can help with something safe instead.",
-    "I can't help with this. It would do harm. If something is troubling you, talk to a person you trust.",
-    "I'm sorry, I won't help with that. It could cause real harm. Is there something else that I can do?",
+    "I'm sorry, but I can't help with that.",
+    "I can't help with this. It would do harm.",
+    "I'm sorry, I won't help with that.",
 )
 Row = dict[str, object]
 
@@ -115,9 +119,10 @@ def write_rows(args: argparse.Namespace, folder: Path, seed: int) -> None:
         for row in load_source(args.helpful_dataset_name).rows
     ]
     random.Random(f"own-constitution-helpful-{seed}").shuffle(harmless)
-    rows = [{"prompt": prompt} for prompt in harmless[: args.helpful]]
+    safe = [row["prompt"] for row in for_critic if row["label"] == "safe"]
+    rows = [{"prompt": prompt} for prompt in [*harmless[: args.helpful], *safe * KEPT]]
     (folder / "helpful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    write_csv(folder / "revised.csv", [*for_critic, *for_revisions])
+    write_csv(folder / "revised.csv", [row for row in for_critic if row["label"] == "unsafe"] + for_revisions)
     (folder / "constitution.json").write_text(json.dumps([PRINCIPLE]), encoding="utf-8")
     # Written last: it says that all are there.
     write_csv(folder / "held_out.csv", held_out)

@@ -1,8 +1,10 @@
 """The benchmarks on a model of one's own: what is asked is held out, and what is taught is right."""
 
+import csv
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,6 +92,28 @@ def test_the_parts_of_xstest_share_no_prompt_and_the_critic_finds_harm_alone(tmp
             (harmful if said["content"].startswith("Yes") else harmless).append(asked)
     assert all(asked.startswith("unsafe") for asked in [*harmful, *refused]) and refused
     assert all(asked.startswith("safe") for asked in harmless) and len(harmful) == len(harmless)
+
+
+def test_prompts_known_to_be_harmless_are_never_revised_and_held_out_ones_never_learned(tmp_path, monkeypatch):
+    own, file = load("own_constitution"), tmp_path / "xstest.csv"
+    labels = {f"{label} {number}": label for label in ("safe", "unsafe") for number in range(20)}
+    own.write_csv(file, [{"prompt": prompt, "type": "t", "label": label} for prompt, label in labels.items()])
+    (tmp_path / "helpful.json").write_text(json.dumps([{"instruction": f"Say {n}.", "input": ""} for n in range(9)]))
+    monkeypatch.setattr(
+        own, "load_speaking", lambda named: SimpleNamespace(answers=lambda asked, *_: [["It is."]] * 16)
+    )
+    args = SimpleNamespace(model_name_or_path="m", xstest_file=file, helpful=4)
+    args.helpful_dataset_name = str(tmp_path / "helpful.json")
+    own.write_rows(args, tmp_path / "seed", 1)
+    helpful = [row["prompt"] for row in rows_of(tmp_path / "seed", "helpful")]
+    with open(tmp_path / "seed" / "revised.csv") as revised, open(tmp_path / "seed" / "held_out.csv") as held_out:
+        revised, asked = ({row["prompt"] for row in csv.DictReader(file)} for file in (revised, held_out))
+    criticized = {row["prompt"][0]["content"] for row in rows_of(tmp_path / "seed", "critiques")}
+    safe = {prompt for prompt in criticized if labels[prompt] == "safe"}
+    assert sorted(each for each in helpful if each in labels) == sorted([*safe] * own.KEPT)
+    assert len(helpful) == 4 + own.KEPT * len(safe)
+    assert not revised & safe and criticized - safe <= revised
+    assert revised | safe | asked == set(labels) and not asked & (revised | safe)
 
 
 def test_word_problems_are_short_without_notes_and_held_out_ones_are_not_learned(tmp_path):
