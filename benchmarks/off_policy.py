@@ -94,8 +94,10 @@ def run(precision: str, cap: float | None, seed: int, args: argparse.Namespace) 
             folder,
             **{"response_length": RESPONSE, "total_episodes": EPISODES * args.rollouts, "seed": seed},
             generation_kwargs={"suppress_tokens": NEVER},
-            **{"learning_rate": args.learning_rate, "importance_sampling_cap": cap, "logging_steps": 8},
-            **{"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True},
+            # No penalty for leaving the first policy: a random one is far from every policy that is paid.
+            **{"learning_rate": args.learning_rate, "importance_sampling_cap": cap, "kl_coef": 0.0},
+            **{"logging_steps": 8, "report_to": "none", "save_strategy": "no", "disable_tqdm": True},
+            **{"use_cpu": True, "bf16": False},
         )
         funcs = {"reward_funcs": share, "rollout_func": rollout_in(precision)}
         trainer = PPOTrainer(policy, args=settings, train_dataset=prompts, processing_class=tokenizer, **funcs)

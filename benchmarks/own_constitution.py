@@ -32,7 +32,7 @@ TAUGHT, OWN = "taught_critic", "own_critic"
 # teach the first words alone: whether to refuse.
 LENGTH, REFUSED = 16, 24
 # Answers to each prompt that only sounds harmful: where refusals are a third of the rows, the model refuses in doubt.
-KEPT = 3
+KEPT = 4
 # Without a preference question: the critic has not learned to compare answers.
 PRINCIPLE = {
     "name": "harm",
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--helpful_dataset_name", required=True, help="Alpaca's rows; their answers are not read.")
     parser.add_argument("--output_dir", default="outputs/own_constitution")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--helpful", type=int, default=60, help="Prompts to which the model keeps its own answers.")
+    parser.add_argument("--helpful", type=int, default=150, help="Prompts to which the model keeps its own answers.")
     parser.add_argument("--config", help="YAML flags of the tuning on revisions.")
     parser.add_argument("--critic_config", help="YAML flags of the critic's fine-tuning.")
     args, flags = parser.parse_known_args(argv)
