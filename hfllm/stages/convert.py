@@ -61,9 +61,9 @@ def convert(
     from hfllm.models.family.configuration_hfllm import HfllmConfig
 
     check_empty(target)
-    tokenizer = find_tokenizer(source, location)
+    config, tokenizer = read_config(source, **location), find_tokenizer(source, location)
     with whole_folder(target) as folder:
-        if isinstance(read_config(source, **location), HfllmConfig):
+        if isinstance(config, HfllmConfig):
             model = load_checked(source, **location)
             to_native(model, folder, native_type, tokenizer, max_shard_size=max_shard_size)
         else:

@@ -97,6 +97,13 @@ def test_bad_input(llama, int8, tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_gguf_file_without_its_library_says_what_to_install(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(hfllm.models.conversion.convert, "is_gguf_available", lambda: False)
+    with pytest.raises(InputError, match=r"gguf_file 'model\.gguf' needs gguf: pip install 'gguf>=0\.10'$"):
+        run("--model_name_or_path", llama, "--gguf_file", "model.gguf", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_converted_model_that_differs_is_not_called_done(llama, tmp_path, monkeypatch):
     def scrambled(state, rules):
         return {name: tensor.flip(-1) if "q_proj" in name else tensor for name, tensor in state.items()}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import is_gguf_available
 
 from hfllm.durable import whole_folder
 from hfllm.errors import InputError, check_choice, check_whole_number, one_line, refuse_if
@@ -284,6 +285,8 @@ def check_empty(path: Path) -> None:
 
 def read_config(name: str, **location: object) -> "PreTrainedConfig":
     """Load the config of a local folder or Hub id."""
+    if "gguf_file" in location and not is_gguf_available():
+        raise InputError(f"gguf_file {location['gguf_file']!r} needs gguf: pip install 'gguf>=0.10'")
     try:
         config = saved_config(name, **location)
     except (OSError, *BAD_CONFIG) as error:
