@@ -125,11 +125,45 @@ def test_word_problems_are_short_without_notes_and_held_out_ones_are_not_learned
     long = {"question": "What is it?" * 30, "answer": "It is 1.\n#### 1"}
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, long]))
     problems = own.problems_of(str(file), 300)
-    assert len(problems) == 30 and problems[3] == {"prompt": "What is 3 and 2?", "answer": "It is 5.\n#### 5"}
-    own.write_rows(tmp_path, problems, 1, 20, 10)
-    learned, held_out = rows_of(tmp_path, "problems"), rows_of(tmp_path, "held_out")
-    assert len(learned) == 20 and len(held_out) == 10
-    assert sorted(row["prompt"] for row in [*learned, *held_out]) == sorted(row["prompt"] for row in problems)
-    own.write_rows(tmp_path, problems, 2, 20, 10)
-    assert rows_of(tmp_path, "held_out") != held_out
-    assert "| tuned on solutions | 0.5" in own.table({1: {"thoughts_right": 0.5, "thoughts_right_n": 10}})
+    solution = "It is 5.\n#### 5"
+    assert len(problems) == 30
+    assert problems[3] == {"prompt": "What is 3 and 2?", "answer": solution, "completion": solution}
+    counts = {"problems": 14, "answered": 6, "held_out": 10}
+    own.write_rows(tmp_path, problems, 1, counts)
+    parts = {name: rows_of(tmp_path, name) for name in counts}
+    assert {name: len(part) for name, part in parts.items()} == counts
+    drawn = [row["prompt"] for part in parts.values() for row in part]
+    assert sorted(drawn) == sorted(row["prompt"] for row in problems)
+    own.write_rows(tmp_path, problems, 2, counts)
+    assert rows_of(tmp_path, "held_out") != parts["held_out"]
+    lines = own.table({1: {"thoughts_right": 0.5, "thoughts_right_n": 10}}).splitlines()
+    assert len(lines) == 3 and lines[2].startswith("| tuned on solutions | 0.5")
+
+
+def test_expert_iteration_starts_from_the_tuned_model_and_its_control_only_shuffles(tmp_path, monkeypatch, capsys):
+    own, runs = load("own_reasoning"), []
+
+    def recipe(name):
+        def main(words):
+            runs.append((name, words))
+            return {"right_before": 0.1, "right_after": 0.3 if "--shuffle_rewards" not in words else 0.2}
+
+        return SimpleNamespace(parse=lambda words: [words], main=main)
+
+    monkeypatch.setattr(own, "load_recipe", recipe)
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps({"question": f"{n}?", "answer": f"#### {n}"}) + "\n" for n in range(30)))
+    words = ["--model_name_or_path", "m", "--problems", str(problems), "--output_dir", str(tmp_path), "--seeds", "7"]
+    words += ["--rows", "9", "--answered", "8", "--questions", "5", "--expert_config", "ei.yaml"]
+    own.main(words)
+    (first, tuned), (_, iterated), (_, drawn) = runs
+    folder = tmp_path / "seed_7"
+    assert first == "sft" and tuned[tuned.index("--dataset_name") + 1] == str(folder / "problems.jsonl")
+    assert iterated[iterated.index("--model_name_or_path") + 1] == tuned[tuned.index("--output_dir") + 1]
+    assert iterated[iterated.index("--dataset_name") + 1] == str(folder / "answered.jsonl")
+    assert set(drawn) - set(iterated) == {"--shuffle_rewards", str(folder / "drawn")}
+    assert len(rows_of(folder, "answered")) == 8 and len(rows_of(folder, "held_out")) == 5
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("|")[0].rpartition("| ")[2].strip() for line in lines[2:]] == ["0.1", "0.3", "0.2"]
+    with pytest.raises(SystemExit):
+        own.main([*words, "--use_peft"])
