@@ -10,6 +10,10 @@ ingredient, `less NAME` with all but one, `grpo` by TRL's GRPOTrainer (same mode
 and optimizer steps) where no tool and no reward model takes part, and `shuffled`, which must not gain: all
 ingredients, with the rewards dealt out by chance (of `right_answer` and `gold`). CPU-seconds are those of `train()`.
 Runs whose folders are named alike but for digits (`outputs/reason-1`, `outputs/reason-2`) are seeds of one task.
+
+`--more` names a YAML file of further arms, each with the flags that it adds to those of the run, such as a model that
+judges steps and a control of it whose labels were dealt by chance. In them a rollout's reward is what the run's own
+functions pay.
 """
 
 import argparse
@@ -24,10 +28,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfllm.data.sources import WORLD
 from hfllm.outputs.intervals import standard_error
+from hfllm.rewards.functions import load_reward_function, reward_name
 from hfllm.runs.recipes import settings_file
 
 # Each ingredient, and the flags that put it in.
@@ -50,6 +56,7 @@ ARMS = (VANILLA, ALL, *(LESS + name for name in INGREDIENTS), GRPO, SHUFFLED)
 LAST = 0.25
 
 Row = dict[str, object]
+Arms = Mapping[str, Mapping[str, object]]
 
 
 # ---- one arm, in a process of its own ----
@@ -59,6 +66,8 @@ class Clock(TrainerCallback):
     """Writes the reward and the CPU-seconds since the beginning of training at each log."""
 
     file: Path
+    # The functions whose pay is the figure, as they are logged; without a name it is the whole reward.
+    judges: tuple[str, ...] = ()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -76,7 +85,8 @@ class Clock(TrainerCallback):
     ) -> None:
         """Add a line."""
         if logs and "reward" in logs:
-            reward = logs.get("rewards/gold_reward", logs["reward"])
+            judged = [logs[name] for name in self.judges if name in logs]
+            reward = logs.get("rewards/gold_reward", sum(judged) if judged else logs["reward"])
             seen = {"step": state.global_step, "reward": reward, "cpu": time.process_time() - self.began}
             with self.file.open("a") as file:
                 file.write(json.dumps(seen) + "\n")
@@ -87,6 +97,8 @@ def train(flags: Mapping[str, object], by: str) -> None:
     from transformers import trainer
 
     Clock.file = Path(str(flags["output_dir"])).with_suffix(".jsonl")
+    functions = [load_reward_function(each) for each in flags.get("reward_funcs", ())]
+    Clock.judges = tuple(f"rewards/{reward_name(each)}" for each in functions)
     trainer.DEFAULT_CALLBACKS.append(Clock)
     if by == GRPO:
         train_by_grpo(flags)
@@ -112,7 +124,6 @@ def train_by_grpo(flags: Mapping[str, object]) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     from hfllm.models.loading.saved import saved_model, saved_tokenizer
-    from hfllm.rewards.functions import load_reward_function
 
     name = str(flags["model_name_or_path"])
     args = GRPOConfig(
@@ -158,10 +169,20 @@ def flags_of(run: Path) -> dict[str, object]:
     return {each: arguments[each] for each in needed} | lam | given
 
 
-def flags_of_arm(given: Mapping[str, object], arm: str) -> dict[str, object] | None:
+def arms_of(file: Path | None) -> Arms:
+    """Return the user's own arms, flags by name."""
+    arms = yaml.safe_load(file.read_text(encoding="utf-8")) if file else {}
+    if not isinstance(arms, dict) or not all(isinstance(flags, dict) for flags in arms.values()):
+        raise SystemExit(f"{file}: expected the names of arms, and below each its flags, as in `steps:` `lam: 1.0`")
+    if taken := sorted(set(arms) & set(ARMS)):
+        raise SystemExit(f"{file}: {', '.join(taken)}: taken by an arm of the benchmark; expected another name")
+    return arms
+
+
+def flags_of_arm(given: Mapping[str, object], arm: str, more: Arms) -> dict[str, object] | None:
     """Return the flags of an arm, or `None` where it cannot run."""
-    if arm == VANILLA:
-        return dict(given)
+    if arm == VANILLA or arm in more:
+        return {**given, **more.get(arm, {})}
     rewards = given.get("reward_funcs")
     if arm == GRPO:
         return None if given.get("tools") or not rewards else dict(given)
@@ -215,20 +236,32 @@ def task_of(run: Path) -> str:
 
 
 def table_of(curves: Mapping[tuple[str, str, str], Sequence[Row]]) -> str:
-    """Return a table: by task and arm rewards at the end, and the share of vanilla's CPU-seconds until there."""
-    lines = ["| task | arm | reward at the end | by seed | share of vanilla's CPU-seconds |", "| - | - | - | - | - |"]
+    """Return a table by task and arm: rewards at the end of the steps and of as much time as vanilla took.
+
+    The last column is the share of vanilla's CPU-seconds in which an arm is where vanilla ends.
+    """
+    heads = ["task", "arm", "reward at the end", "by seed", "at the end of vanilla's CPU-seconds", "share of them"]
+    lines = [f"| {' | '.join(heads)} |", "| - " * len(heads) + "|"]
     for task, arm in dict.fromkeys((task, arm) for task, _, arm in curves):
         runs = [run for each, run, its in curves if (each, its) == (task, arm)]
-        ends, shares = [end_of(curves[task, run, arm]) for run in runs], []
+        ends, as_long, shares = [end_of(curves[task, run, arm]) for run in runs], [], []
         for run in runs:
-            vanilla = curves[task, run, VANILLA]
+            own, vanilla = curves[task, run, arm], curves[task, run, VANILLA]
+            within = [row for row in own if row["cpu"] <= vanilla[-1]["cpu"]]
+            as_long.append(end_of(within or own[:1]))
             aim = end_of(vanilla)
-            at, first = reached(curves[task, run, arm], aim), reached(vanilla, aim)
+            at, first = reached(own, aim), reached(vanilla, aim)
             shares.append("never" if at is None or first is None else f"{at / first:.2f}")
-        error = f" ± {standard_error(ends):.3f}" if len(ends) > 1 else ""
         by_seed = ", ".join(f"{each:.3f}" for each in ends)
-        lines.append(f"| {task} | {arm} | {statistics.fmean(ends):.3f}{error} | {by_seed} | {', '.join(shares)} |")
+        cells = [task, arm, mean_of(ends), by_seed, mean_of(as_long), ", ".join(shares)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def mean_of(ends: Sequence[float]) -> str:
+    """Return the mean over seeds, with its standard error where there are several."""
+    error = f" ± {standard_error(ends):.3f}" if len(ends) > 1 else ""
+    return f"{statistics.fmean(ends):.3f}{error}"
 
 
 def plot(curves: Mapping[tuple[str, str, str], Sequence[Row]], path: Path) -> None:
@@ -258,20 +291,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*", help="Finished runs of hfllm rlhf, such as outputs/reason/rl.")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="`vanilla` runs always.")
+    parser.add_argument("--more", type=Path, help="YAML of further arms: names, and below each the flags it adds.")
     parser.add_argument("--output", type=Path, help="A page to write; its plot lies beside it.")
     parser.add_argument("--train", choices=("ppo", GRPO), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train:
         train(json.load(sys.stdin), args.train)
         return
-    given = {run: flags_of(run) for run in args.runs}
+    given, more = {run: flags_of(run) for run in args.runs}, arms_of(args.more)
     if not given:
         parser.error("name a finished run, such as outputs/reason/rl")
     curves: dict[tuple[str, str, str], list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for run, flags in given.items():
-            for arm in dict.fromkeys((VANILLA, *args.arms)):
-                own = flags_of_arm(flags, arm)
+            for arm in dict.fromkeys((VANILLA, *args.arms, *more)):
+                own = flags_of_arm(flags, arm, more)
                 if own is None:
                     continue
                 curves[task_of(run), str(run), arm] = curve = curve_of(run, arm, own, Path(folder))

@@ -1,4 +1,4 @@
-"""benchmarks/off_policy.py and ppo_agilerl.py: what a copy samples, what is paid, and when a goal is reached."""
+"""The benchmarks of PPO: what a copy samples, what is paid, when a goal is reached, and which flags an arm has."""
 
 import argparse
 import importlib
@@ -44,3 +44,34 @@ def test_the_words_that_are_paid_are_a_quarter_of_those_of_the_prompts(load, tmp
     shares = [against.share_of_targets(prompt) * against.RESPONSE / against.PROMPT for prompt in prompts]
     assert 0.2 < sum(shares) / len(shares) < 0.3
     assert prompts != against.save_model(str(tmp_path), 2)
+
+
+def test_an_arm_is_compared_at_the_end_of_as_much_time_as_vanilla_took(load):
+    ablation = load("ppo_ablation")
+
+    def curve(seconds, rewards):
+        return [{"cpu": seconds * number, "reward": reward} for number, reward in enumerate(rewards, 1)]
+
+    curves = {
+        ("dial", "run-1", "vanilla"): curve(1.0, [0.1, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3, 0.3]),
+        ("dial", "run-1", "steps"): curve(2.0, [0.1, 0.4, 0.4, 0.5, 0.6, 0.7, 0.9, 0.9]),
+    }
+    rows = [line.strip("| ").split(" | ") for line in ablation.table_of(curves).splitlines()[2:]]
+    assert rows[0] == ["dial", "vanilla", "0.300", "0.300", "0.300", "1.00"]
+    # Of its eight logs four are within vanilla's eight seconds; its mean of three is .3 at the third, after six.
+    assert rows[1] == ["dial", "steps", "0.900", "0.900", "0.500", "1.00"]
+
+
+def test_a_further_arm_adds_its_flags_to_the_run(load, tmp_path):
+    ablation, file = load("ppo_ablation"), tmp_path / "arms.yaml"
+    file.write_text("steps: {reward_model_name_or_path: outputs/steps, lam: 1.0}\n")
+    more = ablation.arms_of(file)
+    given = {"lam": 0.95, "seed": 1}
+    assert ablation.flags_of_arm(given, "steps", more) == {**given, **more["steps"]}
+    assert ablation.flags_of_arm(given, "vanilla", more) == given
+    file.write_text("all: {lam: 1.0}\n")
+    with pytest.raises(SystemExit, match="all: taken"):
+        ablation.arms_of(file)
+    file.write_text("steps\n")
+    with pytest.raises(SystemExit, match="expected the names of arms"):
+        ablation.arms_of(file)
