@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from families import FAMILIES
+from transformers import DynamicCache
 
 from hfllm import HfllmConfig
 from hfllm.errors import InputError
@@ -137,10 +138,29 @@ def test_the_state_does_not_grow(make_model, ids):
         make_cache(model, "fp8", 100)
 
 
-def test_undoing_tokens_is_refused_by_name(make_model, ids):
+@pytest.mark.parametrize("kinds", [[LINEAR, FULL], [SLIDING, LINEAR, FULL]])
+@pytest.mark.parametrize("length", [1, 2, 12])
+def test_undone_tokens_leave_no_trace(make_model, ids, kinds, length):
+    sizes = {"layer_types": kinds, "num_hidden_layers": len(kinds), "initializer_range": 0.3}
+    sizes |= {"sliding_window": 5} if SLIDING in kinds else {}
+    model, draft = make_model(**sizes), make_model(**sizes)
+    # A draft that is right about some tokens.
+    with torch.no_grad():
+        draft.lm_head.weight.add_(torch.randn_like(draft.lm_head.weight), alpha=0.1)
+    # The prompt repeats, so that looking up in it drafts as well.
+    prompt = ids[:1, :length].repeat(1, 2)
+    settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(prompt, **settings)
+    for drafts in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": draft}, {"assistant_model": model}):
+        if hasattr(DynamicCache, "get_recurrent_states_to_keep"):
+            assert torch.equal(model.generate(prompt, **settings, **drafts), expected)
+        else:  # transformers before 5.25, whose caches keep no states to go back to
+            with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+                model.generate(prompt, **settings, **drafts)
+
+
+def test_decoders_that_keep_no_states_refuse_by_name(make_model, ids):
     model, ids = make_model(**HYBRID), ids[:1, :12]
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=3)
     with pytest.raises(InputError, match="layers of type linear_attention: use its own generate"):
         model.generate(ids, custom_generate=fast_generate, max_new_tokens=3)
     with pytest.raises(InputError, match="it has layers of type linear_attention"):

@@ -308,23 +308,32 @@ class HfllmGatedDeltaNet(nn.Module):
             mixed = mixed[..., -(length + self.conv_kernel_size - 1) :]
         weight = self.conv1d.weight.squeeze(1)
         is_next, activation = length == 1 and state is not None, self._settings.activation
-        if is_next and convolve is causal_conv:
+        # A cache that records holds fewer tokens than the convolution reads, where the prompt was that short.
+        if is_next and convolve is causal_conv and mixed.shape[-1] == self.conv_kernel_size:
             mixed = conv_of_last(mixed, weight, activation)
         else:
             mixed = convolve(mixed, weight, bias=None, activation=activation, packed=packed)[..., -length:]
-        rule = by_token if is_next else in_chunks
-        output, state = rule(
-            *self._settings.heads(mixed.transpose(1, 2)),
-            g=g,
-            beta=beta,
-            initial_state=state,
-            output_final_state=cache is not None,
-            use_qk_l2norm_in_kernel=True,
-            packed=packed,
-        )
+        # After each of the tokens that may be undone the cache needs the state, which only the rule by token gives.
+        kept = 0 if is_next else min(tokens_to_undo(cache, self.layer_idx), length)
+        pieces = [(by_token if is_next else in_chunks, length - kept)] * (kept < length) + [(by_token, 1)] * kept
+        inputs = (*self._settings.heads(mixed.transpose(1, 2)), g, beta)
+        parts = zip(*(each.split([size for _, size in pieces], dim=1) for each in inputs), strict=True)
+        outputs, states = [], []
+        for (rule, _), (*heads, decay, strength) in zip(pieces, parts, strict=True):
+            output, state = rule(
+                *heads,
+                g=decay,
+                beta=strength,
+                initial_state=state,
+                output_final_state=cache is not None,
+                use_qk_l2norm_in_kernel=True,
+                packed=packed,
+            )
+            outputs.append(output)
+            states.append(state)
         if cache is not None:
-            cache.update_recurrent_state(state, self.layer_idx)
-        return output
+            cache.update_recurrent_state(states if kept else state, self.layer_idx)
+        return torch.cat(outputs, dim=1) if kept else output
 
     def _is_lean(self, device: torch.device, packed: torch.Tensor | None) -> bool:
         """Return whether to read a text in pieces: there are no kernels, compilers, `torch.func` and hooks."""
@@ -338,6 +347,11 @@ class HfllmGatedDeltaNet(nn.Module):
         if device.type in PLAIN_DEVICES or packed is not None:
             return causal_conv, gated_delta_rule, recurrent_gated_delta_rule
         return fast_causal_conv, fast_gated_delta_rule, fast_recurrent_gated_delta_rule
+
+
+def tokens_to_undo(cache: Cache | None, layer_idx: int) -> int:
+    """Return how many tokens may be undone by a cache that records them, as of transformers 5.25; else 0."""
+    return cache.get_recurrent_states_to_keep(layer_idx) if hasattr(cache, "get_recurrent_states_to_keep") else 0
 
 
 def init_gated_delta_net(module: HfllmGatedDeltaNet, config: HfllmConfig) -> None:

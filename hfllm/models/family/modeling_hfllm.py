@@ -351,7 +351,7 @@ class HfllmPreTrainedModel(PreTrainedModel):
         follow_edits(config)
         config.validate_architecture()
         super().__init__(config, *args, **kwargs)
-        # So that transformers refuses to undo tokens, as speculative decoding does.
+        # So that transformers before 5.25, whose caches cannot undo a state, refuses speculative decoding.
         self._is_stateful = "linear_attention" in config.layer_types
         self._keep_in_fp32_modules_strict = fp32_names(config)
 
