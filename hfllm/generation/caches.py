@@ -426,11 +426,16 @@ class MemoryState(LinearAttentionLayer):
     Replaced and not written in place as in generation, since the backward pass of a piece needs the state before it.
     """
 
+    def __init__(self, number_of_states: int = 1):
+        super().__init__(number_of_states)
+        self.num_seen = 0
+
     def update_conv_state(
         self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: object
     ) -> torch.Tensor:
         """Return the tokens before and the new ones, (B, F, S); keep the last ones."""
         size = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
+        self.num_seen += conv_states.shape[-1] if state_idx == 0 else 0
         before = self.conv_states[state_idx]
         if before is not None:
             conv_states = torch.cat([before, conv_states], dim=-1)
@@ -445,6 +450,15 @@ class MemoryState(LinearAttentionLayer):
         self.recurrent_states[state_idx] = recurrent_states.detach()
         self.is_recurrent_states_initialized[state_idx] = True
         return recurrent_states
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens seen, which transformers 5.25 asks of a cache's first layer."""
+        return self.num_seen
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.num_seen = 0
 
 
 class SegmentMemory(Cache):
