@@ -330,9 +330,9 @@ HOLD_FOR_ALL = (
 ADAPTER = ("use_peft", "use_rslora", "use_dora")
 
 
-def flags_for_all(model_args: "ModelConfig") -> list[str]:
-    """Return the flags of the user's model for all runs."""
-    return given_words(model_args, only=HOLD_FOR_ALL)
+def flags_for_all(model_args: "ModelConfig", without: Sequence[str] = ()) -> list[str]:
+    """Return the flags of the user's model for all runs, without those that a run's own settings set."""
+    return given_words(model_args, without, HOLD_FOR_ALL)
 
 
 def flags_of_adapter(model_args: "ModelConfig") -> list[str]:

@@ -33,7 +33,7 @@ from hfllm.outputs.figures import change_of, shown, word_of
 from hfllm.outputs.report import Found, Plot, write_atomically
 from hfllm.outputs.verdict import Promise
 from hfllm.runs import pipeline
-from hfllm.runs.command_line import say
+from hfllm.runs.command_line import given_values, say
 from hfllm.runs.flags import RemoteCodeArguments
 from hfllm.runs.identity import model_files
 from hfllm.runs.pipeline import Chain, Parsed, chain_before
@@ -178,13 +178,15 @@ def rounds_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") 
     )
     first = named or before.model("sft")
     config = script_args.round_config or (None if named else str(settings_file("expert_iteration/sft.yaml")))
+    # Weights in bfloat16 sample several times as fast on a CPU, and lose small updates: a round may set its own type.
+    set_by_round = given_values(["--config", config]) if config else {}
 
     def runs() -> Iterator[tuple[str, str, list[str]]]:
         start = first
         for number in range(1, script_args.num_rounds + 1):
             name = f"round_{number}"
             words = ["--model_name_or_path", start, "--dataset_name", str(pipeline.data_file(output_dir, name))]
-            words += flags_for_all(model_args)
+            words += flags_for_all(model_args, without=list(set_by_round))
             if start == first:
                 words += flags_of_adapter(model_args)
                 words += ["--model_revision", model_args.model_revision] if named else []

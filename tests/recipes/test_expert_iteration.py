@@ -178,6 +178,13 @@ RESPONSES = [["one", "two", "one"], ["three"], [], ["", "four"]]
 ROWS = [{"prompt": [{"role": "user", "content": str(at)}]} for at in range(4)]
 
 
+@pytest.mark.parametrize(("of_round", "expected"), [("max_steps: 1\n", "bfloat16"), ("dtype: float32\n", "float32")])
+def test_a_round_may_train_in_another_type_than_it_samples_in(flags, tmp_path, of_round, expected):
+    (tmp_path / "round.yaml").write_text(of_round)
+    rounds = expert_iteration_module.rounds_of(*expert_iteration.parse(flags(dtype="bfloat16")))
+    assert {parsed[-1].dtype for parsed in rounds.runs.values()} == {expected}
+
+
 def test_what_is_kept_of_a_round():
     rewards = [1.0, 0.9, 1.0, 1.0, 1.0, 0.0]
     rows, kept = chosen_rows(ROWS, RESPONSES, rewards, settings_of(), 0)
