@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -91,10 +92,19 @@ def iterate(args: argparse.Namespace, folder: Path, seed: int) -> dict[str, floa
     words += ["--dataset_name", str(folder / "answered.jsonl"), "--eval_dataset_name", str(folder / "held_out.jsonl")]
     words += ["--num_eval_prompts", str(args.questions), "--config", args.expert_config]
     for name, flags in (("iterated", []), ("drawn", ["--shuffle_rewards"])):
+        share_responses(folder / "iterated", folder / name)
         found = recipe.main(*recipe.parse([*words, *flags, "--output_dir", str(folder / name)]))
         for start, model in (("right_before", "sampled_right"), ("right_after", f"{name}_right")):
             metrics |= {model + key.removeprefix(start): found[key] for key in found if key.startswith(start)}
     return metrics
+
+
+def share_responses(source: Path, target: Path) -> None:
+    """Let a run choose among the responses of another's first round, which the same model would give again."""
+    responses = Path("data", "round_1_responses.json")
+    if (source / responses).is_file() and not (target / responses).exists():
+        (target / responses).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / responses, target / responses)
 
 
 def table(results: dict[int, dict[str, float]]) -> str:

@@ -203,6 +203,10 @@ def rounds_of(script_args: ExpertIterationArguments, model_args: "ModelConfig") 
 
 
 Row = Mapping[str, Any]
+# All that the rows of a round depend on.
+Description = dict[str, str | int | float | bool]
+# What of it decides which responses are learned, and not which ones are sampled.
+OF_CHOICE = ("min_reward", "max_kept_per_prompt", "shuffle_rewards", "rewards", "rewards' files")
 
 
 @dataclass(frozen=True)
@@ -344,8 +348,8 @@ class RoundWriter:
             return RoundCounts(**before["kept"])
         if before:
             reason = "is of another model or other flags, was changed, or is an older hfllm's"
-            say(f"{name}: sampled again: {path} {reason}")
-        chosen, counts = self._sample(name, load(model), seed)
+            say(f"{name}: made again: {path} {reason}")
+        chosen, counts = self._choose(path, load(model), description)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
         path.parent.mkdir(parents=True, exist_ok=True)
         if _hash_of(path) != _digest(text.encode()):
@@ -358,10 +362,12 @@ class RoundWriter:
         )
         return counts
 
-    def _sample(self, name: str, speaking: "Speaking", seed: int) -> tuple[list[dict[str, Any]], RoundCounts]:
+    def _choose(
+        self, path: Path, speaking: "Speaking", description: Description
+    ) -> tuple[list[dict[str, Any]], RoundCounts]:
         """Return the rows to learn and the counts; fewer than two different prompts are an error."""
-        settings = self.settings
-        responses = sampled(speaking, self.rows, settings, seed, settings.num_samples, only_ended=True)
+        name, settings, seed = path.stem, self.settings, description["seed"]
+        responses = self._responses(path.with_name(f"{name}_responses.json"), speaking, description)
         repeated = [row for row, texts in zip(self.rows, responses, strict=True) for _ in texts]
         texts = [text for each in responses for text in each]
         refuse_if(not texts, f"{name}: no response ends within --response_length {settings.response_length}")
@@ -375,7 +381,22 @@ class RoundWriter:
             )
         return chosen, counts
 
-    def _description(self, model: str, seed: int) -> dict[str, str | int | float | bool]:
+    def _responses(self, path: Path, speaking: "Speaking", description: Description) -> list[list[str]]:
+        """Return responses to each prompt; those sampled before are read, whatever was learned of them."""
+        asked = {name: value for name, value in description.items() if name not in OF_CHOICE}
+        before = _read(path)
+        if before.get("asked") == asked and before.get("sha256") == _hash_of_responses(before.get("responses")):
+            say(f"{path.stem}: read from {path}")
+            return before["responses"]
+        responses = sampled(
+            speaking, self.rows, self.settings, description["seed"], self.settings.num_samples, only_ended=True
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = {"asked": asked, "sha256": _hash_of_responses(responses), "responses": responses}
+        write_atomically(path, json.dumps(written, ensure_ascii=False, indent=1) + "\n")
+        return responses
+
+    def _description(self, model: str, seed: int) -> Description:
         """Return all dependencies of the rows of a round."""
         files = model_files(model) if Path(model).is_dir() else []
         functions = [Path(name.rpartition(":")[0]) for name in self.reward.names]
@@ -439,9 +460,14 @@ def chosen_rows(
 
 def _read(record: Path) -> dict[str, Any]:
     try:
-        return json.loads(record.read_text(encoding="utf-8"))
+        read = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _hash_of_responses(responses: object) -> str:
+    return _digest(json.dumps(responses).encode())
 
 
 def _hash_of(path: Path) -> str:

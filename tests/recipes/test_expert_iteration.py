@@ -130,7 +130,9 @@ def test_a_run_that_was_stopped_goes_on_with_its_round(flags, talkative, tmp_pat
     assert not talkative
 
 
-def test_rows_that_were_changed_are_made_again(flags, talkative, tmp_path, saved, capsys):
+@pytest.fixture
+def write(flags, talkative, tmp_path, saved):
+    """Writes the rows of a round, with other flags if asked."""
     arguments = expert_iteration.parse(flags())[0]
     rows = [{"prompt": [{"role": "user", "content": f"Say {at}."}]} for at in range(4)]
 
@@ -152,22 +154,39 @@ def test_rows_that_were_changed_are_made_again(flags, talkative, tmp_path, saved
         writer = RoundWriter(rows, reward, replace(arguments, **changes).of_rounds)
         return writer.write(tmp_path / "out" / "data" / "round_1.jsonl", str(saved), load, 7)
 
+    return write
+
+
+def test_rows_that_were_changed_are_made_again(write, talkative, tmp_path, saved, capsys):
     kept = write()
     assert write() == kept and len(talkative) == 1
-    assert "sampled again" not in capsys.readouterr().out
-    write(min_reward=0.5)
-    assert len(talkative) == 2 and "round_1: sampled again: " in capsys.readouterr().out
+    assert "made again" not in capsys.readouterr().out
     path = tmp_path / "out" / "data" / "round_1.jsonl"
     path.write_text(path.read_text() + "\n")
-    assert write(min_reward=0.5) == kept and len(talkative) == 3
+    assert write() == kept and len(talkative) == 1
+    assert "round_1: made again: " in capsys.readouterr().out
     os.utime(saved / "model.safetensors", ns=(1, 1))
-    write(min_reward=0.5)
-    assert len(talkative) == 3
+    write()
+    assert len(talkative) == 1
     with (saved / "model.safetensors").open("r+b") as stream:
         stream.seek(-1, os.SEEK_END)
         stream.write(b"\x01")
-    write(min_reward=0.5)
-    assert len(talkative) == 4
+    write()
+    assert len(talkative) == 2
+    # Another choice among the same responses samples nothing.
+    for changes in ({"min_reward": 0.5}, {"shuffle_rewards": True}, {"max_kept_per_prompt": 1}):
+        write(**changes)
+    assert len(talkative) == 2 and "round_1_responses: read from " in capsys.readouterr().out
+    write(num_samples=2)
+    assert len(talkative) == 3
+
+
+@pytest.mark.parametrize("damage", [lambda text: text.replace("Say", "Tell", 1), lambda text: "[]", lambda text: "{"])
+def test_damaged_responses_are_sampled_again(write, talkative, tmp_path, damage):
+    kept = write()
+    responses = tmp_path / "out" / "data" / "round_1_responses.json"
+    responses.write_text(damage(responses.read_text()))
+    assert write(min_reward=0.5) == kept and len(talkative) == 2
 
 
 def settings_of(**changes):
