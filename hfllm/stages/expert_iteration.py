@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -90,9 +90,7 @@ class ExpertIterationArguments(RowArguments, RemoteCodeArguments):
         "What a round tunes: base, the model of the beginning (STaR), or last, that of the round before.",
         choices=list(START_FROM),
     )
-    shuffle_rewards: bool = flag(
-        False, "Control that must not gain: keep as many responses, drawn by chance, as were right."
-    )
+    shuffle_rewards: bool = flag(False, "Control that must not gain: learn as many responses, drawn by chance.")
     response_length: int = flag(256, "Longest response in tokens; longer ones are cut.", takes=at_least(1))
     temperature: float = flag(1.0, "Of the sampling; above 0.", takes=POSITIVE)
     batch_size: int = flag(64, "Prompts that are answered at once.", takes=at_least(1))
@@ -440,22 +438,42 @@ def chosen_rows(
     settings: RoundSettings,
     seed: int,
 ) -> tuple[list[dict[str, Any]], RoundCounts]:
-    """Return the rows to learn, different responses of each prompt, and the counts."""
-    is_right = [reward >= settings.min_reward for reward in rewards]
+    """Return the rows to learn, different responses of each prompt, and the counts.
+
+    The control learns as many rows, drawn by chance from all responses.
+    """
+    is_right, most = [reward >= settings.min_reward for reward in rewards], settings.max_kept_per_prompt
     right, mean = sum(is_right), sum(rewards) / max(len(rewards), 1)
-    if settings.shuffle_rewards:
-        random.Random(f"expert-iteration-control-{seed}").shuffle(is_right)
-    chosen, solved, at = [], 0, 0
-    for row, texts in zip(rows, responses, strict=True):
+    kept, at = [], 0
+    for texts in responses:
         marks, at = is_right[at : at + len(texts)], at + len(texts)
-        # As they were sampled, thoughts and all: a dictionary keeps their order and drops duplicates.
-        selected = list(dict.fromkeys(text for text, mark in zip(texts, marks, strict=True) if mark and text.strip()))
-        solved += bool(selected)
+        kept.append(_different(text for text, mark in zip(texts, marks, strict=True) if mark)[:most])
+    solved, count = sum(map(bool, kept)), sum(map(len, kept))
+    if settings.shuffle_rewards:
+        kept = _drawn(responses, count, most, random.Random(f"expert-iteration-control-{seed}"))
+    chosen = []
+    for row, texts in zip(rows, kept, strict=True):
         shared = {"tools": row["tools"]} if row.get("tools") else {}
-        for text in selected[: settings.max_kept_per_prompt]:
-            prompt, _ = split_beginning(row["prompt"])
-            chosen.append({"prompt": prompt, "completion": as_completion(row["prompt"], text), **shared})
+        prompt, _ = split_beginning(row["prompt"])
+        chosen += [{"prompt": prompt, "completion": as_completion(row["prompt"], text), **shared} for text in texts]
     return chosen, RoundCounts(len(chosen), len(is_right), right, solved, mean)
+
+
+def _different(texts: Iterable[str]) -> list[str]:
+    """Return the different texts but empty ones, as they were sampled, thoughts and all, in their order."""
+    return [text for text in dict.fromkeys(texts) if text.strip()]
+
+
+def _drawn(responses: Sequence[Sequence[str]], count: int, most: int, rng: random.Random) -> list[list[str]]:
+    """Return `count` different responses drawn by chance, by prompt, at most `most` of one."""
+    candidates = [(at, text) for at, texts in enumerate(responses) for text in _different(texts)]
+    rng.shuffle(candidates)
+    drawn: list[list[str]] = [[] for _ in responses]
+    for at, text in candidates:
+        if count and len(drawn[at]) < most:
+            drawn[at].append(text)
+            count -= 1
+    return drawn
 
 
 def _read(record: Path) -> dict[str, Any]:

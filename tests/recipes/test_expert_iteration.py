@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 
 import expert_iteration
 import pytest
@@ -215,14 +216,18 @@ def test_what_is_kept_of_a_round():
     assert [row["completion"][0]["content"] for row in rows] == ["one", "three"]
 
 
-def test_the_control_keeps_as_many_by_chance():
-    responses = [[f"{row} {at}" for at in range(10)] for row in range(4)]
-    rewards = [float(at < 3) for row in range(4) for at in range(10)]
-    right, _ = chosen_rows(ROWS, responses, rewards, settings_of(), 0)
-    drawn, kept = chosen_rows(ROWS, responses, rewards, settings_of(shuffle_rewards=True), 0)
+@pytest.mark.parametrize("most", [1, 2, 9])
+def test_the_control_learns_as_many_by_chance(most):
+    responses = [[f"{row} {at}" for at in range(10)] for row in range(40)]
+    # Right responses are of few prompts: the cap takes rows from them, and would take few from any.
+    rewards = [float(row < 4 and at < 5) for row in range(40) for at in range(10)]
+    right, of_right = chosen_rows(ROWS * 10, responses, rewards, settings_of(max_kept_per_prompt=most), 0)
+    settings = settings_of(max_kept_per_prompt=most, shuffle_rewards=True)
+    drawn, of_drawn = chosen_rows(ROWS * 10, responses, rewards, settings, 0)
     said = [row["completion"][0]["content"] for row in drawn]
-    assert len(said) == len(right) == kept.right == 12
-    assert 0 < sum(int(text[-1]) < 3 for text in said) < 9
+    assert len(set(said)) == len(drawn) == len(right) == 4 * min(most, 5) and of_drawn == of_right
+    assert sum(int(text.split()[0]) < 4 for text in said) <= len(said) / 2
+    assert max(Counter(text.split()[0] for text in said).values()) <= most
 
 
 def test_rewards_get_thoughts_apart_and_are_added(tokenizer):
