@@ -14,20 +14,24 @@ below go to all training, such as `--use_peft`.
 
 import argparse
 import csv
+import io
 import json
 import random
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
+from own_parts import claim, columns_of, parsed, parser_of, run_recipe, table_of, with_config, write_lines
+
 from hfllm.data.sources import load_source
-from hfllm.outputs.figures import shown
+from hfllm.outputs.report import write_atomically
 from hfllm.runs.models import NamedModel
-from hfllm.runs.recipes import load_recipe
 from hfllm.stages.evaluate.flags import labels_of
 from hfllm.stages.shared import load_speaking
 
 TAUGHT, OWN = "taught_critic", "own_critic"
+# The share of refusals, by the prompts' label.
+FIGURES = {"unsafe": "refusals/unsafe/refuses", "safe": "refusals/safe/over_refusal"}
 # Tokens of an answer, and harmful prompts for which the critic learns to write a refusal. Short, since tuning has to
 # teach the first words alone: whether to refuse.
 LENGTH, REFUSED = 16, 24
@@ -56,6 +60,8 @@ def dealt(path: str, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
     """Return the prompts for the critic, for the revisions and for the questions, safe and unsafe ones alike."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    for row in rows:
+        columns_of(row, path, "prompt", "type", "label")
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     for label in ("safe", "unsafe"):
         own = [row for row in rows if row["label"] == label]
@@ -70,10 +76,11 @@ def dealt(path: str, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write rows with prompt, type and label."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["prompt", "type", "label"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["prompt", "type", "label"], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
 def critiques(rows: Sequence[Row], answers: Sequence[str], seed: int) -> list[Row]:
@@ -99,12 +106,6 @@ def messages_of(turns: Sequence[str], *roles: str) -> list[Row]:
     return [{"role": role, "content": text} for role, text in zip(cycle(roles or ("user", "assistant")), turns)]
 
 
-def recipe(name: str, *words: object) -> dict[str, float]:
-    """Run a recipe with these words as its command line, and return its metrics."""
-    module = load_recipe(name)
-    return module.main(*module.parse([str(word) for word in words]))
-
-
 def write_rows(args: argparse.Namespace, folder: Path, seed: int) -> None:
     """Write the three parts, the critic's conversations, and prompts that are no trap."""
     for_critic, for_revisions, held_out = dealt(args.xstest_file, seed)
@@ -112,18 +113,16 @@ def write_rows(args: argparse.Namespace, folder: Path, seed: int) -> None:
     speaking = load_speaking(NamedModel(args.model_name_or_path))
     prompts = [[{"role": "user", "content": row["prompt"]}] for row in for_critic]
     answers = [said for (said,) in speaking.answers(prompts, LENGTH, seed)]
-    rows = critiques(for_critic, answers, seed)
-    (folder / "critiques.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_lines(folder / "critiques.jsonl", critiques(for_critic, answers, seed))
     harmless = [
         " ".join(filter(None, (row["instruction"], row.get("input"))))
         for row in load_source(args.helpful_dataset_name).rows
     ]
     random.Random(f"own-constitution-helpful-{seed}").shuffle(harmless)
     safe = [row["prompt"] for row in for_critic if row["label"] == "safe"]
-    rows = [{"prompt": prompt} for prompt in [*harmless[: args.helpful], *safe * KEPT]]
-    (folder / "helpful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_lines(folder / "helpful.jsonl", ({"prompt": prompt} for prompt in [*harmless[: args.helpful], *safe * KEPT]))
     write_csv(folder / "revised.csv", [row for row in for_critic if row["label"] == "unsafe"] + for_revisions)
-    (folder / "constitution.json").write_text(json.dumps([PRINCIPLE]), encoding="utf-8")
+    write_atomically(folder / "constitution.json", json.dumps([PRINCIPLE]))
     # Written last: it says that all are there.
     write_csv(folder / "held_out.csv", held_out)
 
@@ -139,56 +138,57 @@ def run(args: argparse.Namespace, flags: Sequence[str], seed: int) -> dict[str, 
         write_rows(args, folder, seed)
     named = ["--model_name_or_path", args.model_name_or_path, "--seed", seed, *flags]
     words = ["--dataset_name", folder / "critiques.jsonl", "--output_dir", folder / "critic"]
-    recipe("sft", *named, *words, *(["--config", args.critic_config] if args.critic_config else []))
+    run_recipe("sft", *named, *words, *with_config(args.critic_config))
     words = [*named, "--dataset_name", folder / "revised.csv", "--helpful_dataset_name", folder / "helpful.jsonl"]
     words += ["--constitution", folder / "constitution.json", "--revise_only_flagged", "--num_revisions", 1]
     words += ["--response_length", LENGTH, "--batch_size", 16, "--last_stage", "sl"]
-    words += ["--sl_config", args.config] if args.config else []
+    words += with_config(args.config, "--sl_config")
     for name, critic in ((TAUGHT, ["--critic_model_name_or_path", folder / "critic"]), (OWN, [])):
-        recipe("constitution", *words, *critic, "--output_dir", folder / name)
+        run_recipe("constitution", *words, *critic, "--output_dir", folder / name)
     words = ["--suites", "refusals", "--xstest_file", folder / "held_out.csv", "--max_new_tokens", LENGTH]
-    return recipe("evaluate", "--model_name_or_path", *models(args, seed), *words, "--output_dir", folder / "evaluate")
+    asked = models(args, seed)
+    words += ["--output_dir", folder / "evaluate"]
+    metrics = run_recipe("evaluate", "--model_name_or_path", *asked.values(), *words)
+    labels = labels_of([*asked.values()])
+    return {
+        f"{figure}/{name}{error}": metrics[f"{figure}/{label}{error}"]
+        for name, label in zip(asked, labels, strict=True)
+        for figure in FIGURES.values()
+        for error in ("", "_se", "_low", "_high", "_n")
+        if f"{figure}/{label}{error}" in metrics
+    }
 
 
-def models(args: argparse.Namespace, seed: int) -> list[str]:
-    """Return the models to evaluate: as it was, with the taught critic, with itself as critic; where one was tuned."""
-    folder = Path(args.output_dir, f"seed_{seed}")
-    tuned = [folder / name / "sl" for name in (TAUGHT, OWN)]
-    for each in tuned:
-        if not each.is_dir():
-            print(f"{each}: nothing was learned, see {each.parent / 'report.md'}")
-    return [args.model_name_or_path, *(str(each) for each in tuned if each.is_dir())]
-
-
-def table_of(results: dict[int, dict[str, float]], labels: Sequence[str]) -> str:
-    """Return a table of refusals, a row for each label of prompts and model, and a column for each seed."""
-    lines = [f"| prompts | model | {' | '.join(f'seed {seed}' for seed in results)} |"]
-    lines.append("| - " * (2 + len(results)) + "|")
-    for group, figure in (("unsafe", "refuses"), ("safe", "over_refusal")):
-        for label in labels:
-            name = f"refusals/{group}/{figure}/{label}"
-            cells = [shown(each, name) if name in each else "-" for each in results.values()]
-            lines.append(f"| {group}, refused | {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def models(args: argparse.Namespace, seed: int) -> dict[str, str]:
+    """Return the models to evaluate, by name: as it was, with the taught critic, with itself as critic."""
+    folder, asked = Path(args.output_dir, f"seed_{seed}"), {"as it was": args.model_name_or_path}
+    for name in (TAUGHT, OWN):
+        tuned = folder / name / "sl"
+        if tuned.is_dir():
+            asked[name] = str(tuned)
+        else:
+            print(f"{tuned}: nothing was learned, see {tuned.parent / 'report.md'}")
+    return asked
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all seeds, and print their table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model_name_or_path", required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--xstest_file", required=True, help="XSTest's CSV, with labels.")
     parser.add_argument("--helpful_dataset_name", required=True, help="Alpaca's rows; their answers are not read.")
     parser.add_argument("--output_dir", default="outputs/own_constitution")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--helpful", type=int, default=150, help="Prompts to which the model keeps its own answers.")
     parser.add_argument("--config", help="YAML flags of the tuning on revisions.")
     parser.add_argument("--critic_config", help="YAML flags of the critic's fine-tuning.")
-    args, flags = parser.parse_known_args(argv)
+    args, flags = parsed(parser, argv, takes_others=True)
+    claim(args)
     results = {seed: run(args, flags, seed) for seed in args.seeds}
-    labels = dict.fromkeys(label for seed in args.seeds for label in labels_of(models(args, seed)))
-    print(table_of(results, [*labels]))
+    lines = (
+        ([f"{group}, refused", model], f"{figure}/{model}")
+        for group, figure in FIGURES.items()
+        for model in ("as it was", TAUGHT, OWN)
+    )
+    print(table_of(["prompts", "model"], lines, results))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ finished runs stay. Flags that are not listed below go to `hfllm ground`, such a
 """
 
 import argparse
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from own_parts import claim, parsed, parser_of, run_recipe, table_of, with_config, write_lines
+
 from hfllm.data.sources import load_source
-from hfllm.outputs.figures import shown
-from hfllm.runs.recipes import load_recipe
 
 # Sentences and characters of a passage, and characters of the beginning of a sentence.
 SENTENCES, LONGEST, SHORTEST, BEGINNING = 3, 400, 120, 24
@@ -53,49 +52,39 @@ def asked_for(sentence: str, passage: str) -> Iterator[tuple[str, str]]:
 def run(args: argparse.Namespace, flags: Sequence[str], texts: Sequence[str], seed: int) -> dict[str, float]:
     """Return the metrics of one seed; `flags` are those of `hfllm ground`."""
     folder = Path(args.output_dir, f"seed_{seed}")
-    folder.mkdir(parents=True, exist_ok=True)
     rows = list(next_rows(texts, seed))
     random.Random(seed).shuffle(rows)
     file = folder / "rows.jsonl"
     if not file.is_file():
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows[: args.rows]), encoding="utf-8")
-    recipe = load_recipe("ground")
-    words = ["--model_name_or_path", args.model_name_or_path, "--dataset_name", str(file)]
-    words += ["--seed", str(seed), "--output_dir", str(folder / "ground"), "--num_questions", str(args.questions)]
-    for name in ("sft", "grounded"):
-        words += [f"--{name}_config", args.config] if args.config else []
-    return recipe.main(*recipe.parse([*words, *flags]))
+        write_lines(file, rows[: args.rows])
+    words = ["--model_name_or_path", args.model_name_or_path, "--dataset_name", file, "--seed", seed]
+    words += ["--output_dir", folder / "ground", "--num_questions", args.questions]
+    words += with_config(args.config, "--sft_config") + with_config(args.config, "--grounded_config")
+    return run_recipe("ground", *words, *flags)
 
 
-def table(results: dict[int, dict[str, float]]) -> str:
-    """Return a table of right and cited answers, a row for each kind and model, a column for each seed."""
-    lines = [f"| asked with | model | {' | '.join(f'seed {seed}' for seed in results)} |"]
-    lines.append("| - " * (2 + len(results)) + "|")
+def lines() -> Iterator[tuple[list[str], str]]:
+    """Yield the lines of the table: right and cited, or refused, by kind and model; orders that are followed."""
     for kind in KINDS:
         for model in MODELS:
-            name = f"{model}_{kind}_{'right' if kind == 'absent' else 'cites'}"
-            cells = [shown(metrics, name) if name in metrics else "-" for metrics in results.values()]
-            lines.append(f"| {kind} | {model} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            yield [kind, model], f"{model}_{kind}_{'right' if kind == 'absent' else 'cites'}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all seeds, and print their table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model_name_or_path", required=True)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--texts", required=True, nargs="+", help="Files or folders of texts, each a document, or pydoc."
     )
     parser.add_argument("--output_dir", default="outputs/own_grounding")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rows", type=int, default=384, help="Rows at most, the held-out tenth included.")
     parser.add_argument("--questions", type=int, default=40, help="Held-out questions at most.")
     parser.add_argument("--config", help="YAML flags of both runs of fine-tuning.")
-    args, flags = parser.parse_known_args(argv)
+    args, flags = parsed(parser, argv, takes_others=True)
     texts = [row["text"] for source in args.texts for row in load_source(source).rows]
-    print(table({seed: run(args, flags, texts, seed) for seed in args.seeds}))
+    claim(args)
+    results = {seed: run(args, flags, texts, seed) for seed in args.seeds}
+    print(table_of(["asked with", "model"], lines(), results))
 
 
 if __name__ == "__main__":

@@ -11,26 +11,29 @@ sampled ones of expert iteration; finished runs stay. Other flags go to `hfllm r
 """
 
 import argparse
-import json
 import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hfllm.data.sources import load_source
-from hfllm.outputs.figures import shown
-from hfllm.runs.recipes import load_recipe
+from own_parts import claim, columns_of, parsed, parser_of, run_recipe, table_of, with_config, write_lines
 
-MODELS = {
-    "base": "as it was",
-    "direct": "tuned on answers alone (control)",
-    "thoughts": "tuned on solutions",
-    "rl": "and PPO on exact match",
-    "shuffled": "and PPO on shuffled rewards (control)",
-    "sampled": "tuned on solutions",
-    "iterated": "and expert iteration",
-    "drawn": "and expert iteration on responses drawn by chance (control)",
+from hfllm.data.sources import load_source
+from hfllm.errors import refuse_if
+
+# The lines of the table, by metric.
+LINES = {
+    "base_right": "as it was",
+    "direct_right": "tuned on answers alone (control)",
+    "thoughts_right": "tuned on solutions",
+    "rl_right": "and PPO on exact match",
+    "shuffled_right": "and PPO on shuffled rewards (control)",
+    "sampled_right": "tuned on solutions",
+    "iterated_right": "and expert iteration",
+    "drawn_right": "and expert iteration on responses drawn by chance (control)",
+    "iterated_right_change": "change by expert iteration",
+    "drawn_right_change": "change of the control",
 }
 # gsm8k's notes for a calculator, <<48/2=24>>: nobody computes them here, and they double the length.
 NOTE = re.compile(r"<<[^>]*>>")
@@ -39,7 +42,8 @@ Row = dict[str, str]
 
 def problems_of(path: str, longest: int) -> list[Row]:
     """Return the problems of at most `longest` characters, question and solution together, without the notes."""
-    rows = [(row["question"], NOTE.sub("", row["answer"])) for row in load_source(path).rows]
+    both = (columns_of(row, path, "question", "answer") for row in load_source(path).rows)
+    rows = [(question, NOTE.sub("", answer)) for question, answer in both]
     # Fine-tuning reads the completion; the others compare with the answer.
     return [
         {"prompt": question, "answer": solution, "completion": solution}
@@ -51,51 +55,49 @@ def problems_of(path: str, longest: int) -> list[Row]:
 def write_rows(folder: Path, rows: Sequence[Row], seed: int, counts: Mapping[str, int]) -> None:
     """Write a file for each part, of as many problems as `counts` says, drawn by the seed; none is in two parts."""
     drawn = random.Random(f"own-reasoning-{seed}").sample(rows, sum(counts.values()))
-    folder.mkdir(parents=True, exist_ok=True)
     for name, count in counts.items():
         part, drawn = drawn[:count], drawn[count:]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+        write_lines(folder / f"{name}.jsonl", part)
+
+
+def counts_of(args: argparse.Namespace) -> dict[str, int]:
+    """Return the problems of each part; the held-out ones are written last and say that all is there."""
+    answered = {"answered": args.answered} if args.expert_config else {}
+    return {"problems": args.rows, **answered, "held_out": args.questions}
 
 
 def run(args: argparse.Namespace, flags: Sequence[str], rows: Sequence[Row], seed: int) -> dict[str, float]:
     """Return the metrics of one seed; `flags` are those of `hfllm reason`."""
     folder = Path(args.output_dir, f"seed_{seed}")
-    counts = {"problems": args.rows, "answered": args.answered} if args.expert_config else {"problems": args.rows}
-    # The held-out ones are written last: they say that all is there.
     if not (folder / "held_out.jsonl").is_file():
-        write_rows(folder, rows, seed, counts | {"held_out": args.questions})
+        write_rows(folder, rows, seed, counts_of(args))
     return iterate(args, folder, seed) if args.expert_config else reason(args, flags, folder, seed)
 
 
 def reason(args: argparse.Namespace, flags: Sequence[str], folder: Path, seed: int) -> dict[str, float]:
     """Return the metrics of `hfllm reason`."""
-    recipe = load_recipe("reason")
-    words = ["--model_name_or_path", args.model_name_or_path, "--dataset_name", str(folder / "problems.jsonl")]
-    words += ["--eval_dataset_name", str(folder / "held_out.jsonl"), "--num_eval_prompts", str(args.questions)]
-    words += ["--seed", str(seed), "--output_dir", str(folder / "reason")]
-    for name in ("sft", "rlhf"):
-        file = getattr(args, f"{name}_config")
-        words += [f"--{name}_config", file] if file else []
-    return recipe.main(*recipe.parse([*words, *flags]))
+    words = ["--model_name_or_path", args.model_name_or_path, "--dataset_name", folder / "problems.jsonl"]
+    words += ["--eval_dataset_name", folder / "held_out.jsonl", "--num_eval_prompts", args.questions]
+    words += ["--seed", seed, "--output_dir", folder / "reason"]
+    words += with_config(args.sft_config, "--sft_config") + with_config(args.rlhf_config, "--rlhf_config")
+    return run_recipe("reason", *words, *flags)
 
 
 def iterate(args: argparse.Namespace, folder: Path, seed: int) -> dict[str, float]:
     """Return the metrics of expert iteration and its control, both from the model tuned on solutions."""
-    tuned, metrics = str(folder / "tuned"), {}
-    if not Path(tuned, "config.json").is_file():
-        sft = load_recipe("sft")
-        words = ["--model_name_or_path", args.model_name_or_path, "--dataset_name", str(folder / "problems.jsonl")]
-        words += ["--seed", str(seed), "--output_dir", tuned]
-        sft.main(*sft.parse([*words, *(["--config", args.sft_config] if args.sft_config else [])]))
-    recipe = load_recipe("expert_iteration")
-    words = ["--model_name_or_path", tuned, "--reward_funcs", "exact_match", "--seed", str(seed)]
-    words += ["--dataset_name", str(folder / "answered.jsonl"), "--eval_dataset_name", str(folder / "held_out.jsonl")]
-    words += ["--num_eval_prompts", str(args.questions), "--config", args.expert_config]
+    tuned, metrics = folder / "tuned", {}
+    if not (tuned / "config.json").is_file():
+        words = ["--model_name_or_path", args.model_name_or_path, "--dataset_name", folder / "problems.jsonl"]
+        run_recipe("sft", *words, "--seed", seed, "--output_dir", tuned, *with_config(args.sft_config))
+    words = ["--model_name_or_path", tuned, "--reward_funcs", "exact_match", "--seed", seed]
+    words += ["--dataset_name", folder / "answered.jsonl", "--eval_dataset_name", folder / "held_out.jsonl"]
+    words += ["--num_eval_prompts", args.questions, "--config", args.expert_config]
     for name, flags in (("iterated", []), ("drawn", ["--shuffle_rewards"])):
         share_responses(folder / "iterated", folder / name)
-        found = recipe.main(*recipe.parse([*words, *flags, "--output_dir", str(folder / name)]))
+        found = run_recipe("expert_iteration", *words, *flags, "--output_dir", folder / name)
         for start, model in (("right_before", "sampled_right"), ("right_after", f"{name}_right")):
             metrics |= {model + key.removeprefix(start): found[key] for key in found if key.startswith(start)}
+        metrics |= {f"{name}_{key}": found[key] for key in found if key.startswith("right_change")}
     return metrics
 
 
@@ -107,39 +109,30 @@ def share_responses(source: Path, target: Path) -> None:
         shutil.copy2(source / responses, target / responses)
 
 
-def table(results: dict[int, dict[str, float]]) -> str:
-    """Return a table of right answers, a row for each model and a column for each seed."""
-    lines = [f"| model | {' | '.join(f'seed {seed}' for seed in results)} |", "| - " * (1 + len(results)) + "|"]
-    for model, title in MODELS.items():
-        name = f"{model}_right"
-        cells = [shown(metrics, name) if name in metrics else "" for metrics in results.values()]
-        if not any(cells):
-            continue
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all seeds, and print their table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model_name_or_path", required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--problems", required=True, help="Rows of question and answer, which ends in '#### 42'.")
     parser.add_argument("--output_dir", default="outputs/own_reasoning")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--longest", type=int, default=300, help="Characters of question and solution at most.")
     parser.add_argument("--rows", type=int, default=512, help="Problems to learn.")
-    parser.add_argument("--answered", type=int, default=400, help="Problems to sample from in expert iteration.")
+    parser.add_argument("--answered", type=int, help="Problems to sample from in expert iteration; 400.")
     parser.add_argument("--questions", type=int, default=256, help="Held-out problems.")
     parser.add_argument("--sft_config", help="YAML flags of fine-tuning.")
     parser.add_argument("--rlhf_config", help="YAML flags of PPO.")
     parser.add_argument("--expert_config", help="YAML flags of expert iteration, in place of PPO.")
-    args, flags = parser.parse_known_args(argv)
-    if args.expert_config and flags:
-        parser.error(f"unknown beside --expert_config: {' '.join(flags)}; flags of it stand in its YAML")
-    rows = problems_of(args.problems, args.longest)
-    print(table({seed: run(args, flags, rows, seed) for seed in args.seeds}))
+    args, flags = parsed(parser, argv, takes_others=True)
+    if args.expert_config and (flags or args.rlhf_config):
+        parser.error("--expert_config leaves out hfllm reason: flags of it, and --rlhf_config, have no effect")
+    if args.answered and not args.expert_config:
+        parser.error("--answered has no effect without --expert_config")
+    args.answered = args.answered or 400
+    rows, asked = problems_of(args.problems, args.longest), sum(counts_of(args).values())
+    reason = f"{args.problems}: {len(rows)} problems of at most --longest {args.longest} characters"
+    refuse_if(asked > len(rows), f"{reason}; --rows, --answered and --questions ask for {asked}")
+    claim(args)
+    results = {seed: run(args, flags, rows, seed) for seed in args.seeds}
+    print(table_of(["held-out problems, right"], (([title], name) for name, title in LINES.items()), results))
 
 
 if __name__ == "__main__":

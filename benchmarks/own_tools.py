@@ -12,17 +12,17 @@ each seed; finished runs stay.
 import argparse
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from own_parts import claim, parsed, parser_of, run_recipe, table_of, with_config, write_lines
 from transformers.utils import get_json_schema
 
 from hfllm.data.tokenizer import set_chat_template
 from hfllm.environments.tools import calculator, lookup_in
-from hfllm.outputs.figures import shown
+from hfllm.outputs.report import write_atomically
 from hfllm.runs.models import NamedModel, load_policy
-from hfllm.runs.recipes import load_recipe
 
 CALLS, DIRECT, BASE = "calls", "direct", "base"
 PEOPLE, HELD_OUT_PEOPLE = 160, 40
@@ -134,15 +134,9 @@ def write_rows(folder: Path, seed: int, count: int, questions: int) -> None:
         ],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+    write_atomically(folder / "table.json", json.dumps(table, indent=1))
     for name, each in lines.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each), encoding="utf-8")
-
-
-def recipe(name: str, *words: object) -> dict[str, float]:
-    """Run a recipe with these words as its command line, and return its metrics."""
-    module = load_recipe(name)
-    return module.main(*module.parse([str(word) for word in words]))
+        write_lines(folder / f"{name}.jsonl", each)
 
 
 def base_with_calls(args: argparse.Namespace) -> Path:
@@ -165,16 +159,14 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, float]:
     for name in (CALLS, DIRECT):
         words = ["--model_name_or_path", args.model_name_or_path, "--dataset_name", folder / f"{name}.jsonl"]
         words += ["--chat_template_path", "own", "--seed", seed, "--output_dir", folder / name]
-        recipe("sft", *words, *(["--config", args.config] if args.config else []))
+        run_recipe("sft", *words, *with_config(args.config))
     models = [folder / CALLS, folder / DIRECT, base_with_calls(args)]
     words = ["--dataset_name", folder / "questions.jsonl", "--tools", "calculator", f"lookup:{folder / 'table.json'}"]
-    return recipe("evaluate", "--model_name_or_path", *models, *words, "--output_dir", folder / "evaluate")
+    return run_recipe("evaluate", "--model_name_or_path", *models, *words, "--output_dir", folder / "evaluate")
 
 
-def table_of(results: dict[int, dict[str, float]]) -> str:
-    """Return a table with a row for each figure and model, and a column for each seed."""
-    lines = [f"| asked | figure | model | {' | '.join(f'seed {seed}' for seed in results)} |"]
-    lines.append("| - " * (3 + len(results)) + "|")
+def lines() -> Iterator[tuple[list[str], str]]:
+    """Yield the lines of the table: each figure of each model."""
     figures = [
         *[("needs a tool", "called"), ("needs a tool", "right"), ("needs no tool", "called_needlessly")],
         *[("needs no tool", "right"), ("its first call fails", "right"), ("without tools (control)", "right")],
@@ -182,23 +174,20 @@ def table_of(results: dict[int, dict[str, float]]) -> str:
     for group, figure in figures:
         slug = group.replace(" ", "_").replace("(", "").replace(")", "")
         for model in (CALLS, DIRECT, BASE):
-            name = f"tools/{slug}/{figure}/{model}"
-            cells = [shown(each, name) if name in each else "-" for each in results.values()]
-            lines.append(f"| {group} | {figure} | {model} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            yield [group, figure, model], f"tools/{slug}/{figure}/{model}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all seeds, and print their table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--output_dir", default="outputs/own_tools")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rows", type=int, default=480, help="Conversations, a third of each kind.")
     parser.add_argument("--questions", type=int, default=120, help="Held-out questions, a third of each kind.")
     parser.add_argument("--config", help="YAML flags of both runs of fine-tuning.")
-    args = parser.parse_args(argv)
-    print(table_of({seed: run(args, seed) for seed in args.seeds}))
+    args, _ = parsed(parser, argv)
+    claim(args)
+    results = {seed: run(args, seed) for seed in args.seeds}
+    print(table_of(["asked", "figure", "model"], lines(), results))
 
 
 if __name__ == "__main__":

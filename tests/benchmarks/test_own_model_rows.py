@@ -3,15 +3,23 @@
 import csv
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from hfllm.environments.tools import calculator, lookup_in
+from hfllm.errors import InputError
 from hfllm.rewards.functions import exact_match
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def parts_beside(monkeypatch):
+    """A script's folder, as where it runs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def load(name):
@@ -21,7 +29,7 @@ def load(name):
     return module
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def own_tools():
     return load("own_tools")
 
@@ -136,8 +144,6 @@ def test_word_problems_are_short_without_notes_and_held_out_ones_are_not_learned
     assert sorted(drawn) == sorted(row["prompt"] for row in problems)
     own.write_rows(tmp_path, problems, 2, counts)
     assert rows_of(tmp_path, "held_out") != parts["held_out"]
-    lines = own.table({1: {"thoughts_right": 0.5, "thoughts_right_n": 10}}).splitlines()
-    assert len(lines) == 3 and lines[2].startswith("| tuned on solutions | 0.5")
 
 
 def test_expert_iteration_starts_from_the_tuned_model_and_its_control_only_shuffles(tmp_path, monkeypatch, capsys):
@@ -150,7 +156,7 @@ def test_expert_iteration_starts_from_the_tuned_model_and_its_control_only_shuff
 
         return SimpleNamespace(parse=lambda words: [words], main=main)
 
-    monkeypatch.setattr(own, "load_recipe", recipe)
+    monkeypatch.setattr(sys.modules["own_parts"], "load_recipe", recipe)
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(json.dumps({"question": f"{n}?", "answer": f"#### {n}"}) + "\n" for n in range(30)))
     words = ["--model_name_or_path", "m", "--problems", str(problems), "--output_dir", str(tmp_path), "--seeds", "7"]
@@ -165,5 +171,13 @@ def test_expert_iteration_starts_from_the_tuned_model_and_its_control_only_shuff
     assert len(rows_of(folder, "answered")) == 8 and len(rows_of(folder, "held_out")) == 5
     lines = capsys.readouterr().out.splitlines()
     assert [line.rpartition("|")[0].rpartition("| ")[2].strip() for line in lines[2:]] == ["0.1", "0.3", "0.2"]
-    with pytest.raises(SystemExit):
-        own.main([*words, "--use_peft"])
+    for refused in (["--use_peft"], ["--rlhf_config", "ppo.yaml"], ["--seed", "3"]):
+        with pytest.raises(SystemExit):
+            own.main([*words, *refused])
+    with pytest.raises(InputError, match=r"rows of --rows 9, not 8: name another folder"):
+        own.main([*words, "--rows", "8"])
+    with pytest.raises(InputError, match=r"30 problems of at most --longest 300 characters; .* ask for 43"):
+        own.main([*words, "--rows", "30", "--output_dir", str(tmp_path / "more")])
+    problems.write_text(json.dumps({"question": "1?", "solution": "1"}) + "\n")
+    with pytest.raises(InputError, match=r"problems.jsonl: no column 'answer'; its columns are question, solution"):
+        own.main([*words[:4], "--output_dir", str(tmp_path / "other")])
