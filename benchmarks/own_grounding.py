@@ -64,10 +64,13 @@ def run(args: argparse.Namespace, flags: Sequence[str], texts: Sequence[str], se
 
 
 def lines() -> Iterator[tuple[list[str], str]]:
-    """Yield the lines of the table: right and cited, or refused, by kind and model; orders that are followed."""
-    for kind in KINDS:
-        for model in MODELS:
-            yield [kind, model], f"{model}_{kind}_{'right' if kind == 'absent' else 'cites'}"
+    """Yield the lines of the table: what is right, cited or followed, by kind of question and model."""
+    from hfllm.stages.ground.own import UNIONS
+
+    for kind in (*KINDS, *UNIONS.values()):
+        for figure in ("right", "cites", "follows"):
+            for model in MODELS:
+                yield [kind, figure, model], f"{model}_{kind}_{figure}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = [row["text"] for source in args.texts for row in load_source(source).rows]
     claim(args)
     results = {seed: run(args, flags, texts, seed) for seed in args.seeds}
-    print(table_of(["asked with", "model"], lines(), results))
+    print(table_of(["asked with", "figure", "model"], lines(), results))
 
 
 if __name__ == "__main__":
