@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfllm.flags import check_flags
+from hfllm.flags import check_flags, flags_for_all
 from hfllm.runs.command_line import parse_recipe, run, world_settings
 from hfllm.runs.flags import trusts_code_if_asked
 from hfllm.runs.lock import releases_folders
@@ -89,7 +89,8 @@ def main(script_args: ExpertIterationArguments, model_args: "ModelConfig") -> di
         return load_speaking(replace(named_model(model_args), name=model, revision=revision))
 
     settings, seed, counts = script_args.of_rounds, script_args.seed, []
-    writer = RoundWriter(train_rows, reward, settings)
+    loading = " ".join([*flags_for_all(model_args), f"--model_revision {model_args.model_revision}"])
+    writer = RoundWriter(train_rows, reward, settings, loading)
     for number, (name, model) in enumerate(zip(rounds.runs, rounds.models, strict=False)):
         write = partial(writer.write, data_file(script_args.output_dir, name), model, load, seed + number)
         counts.append(by_main_process(write))

@@ -323,11 +323,13 @@ class RoundWriter:
         rows: the prompts.
         reward: of the responses.
         settings: how responses are sampled, and which of them are learned.
+        loading: the flags by which models are loaded, such as their type.
     """
 
     rows: Sequence[Row]
     reward: Reward
     settings: RoundSettings
+    loading: str = ""
 
     def write(self, path: Path, model: str, load: "Callable[[str], Speaking]", seed: int) -> RoundCounts:
         """Sample responses to the prompts, write the rows of a round, and return the counts.
@@ -402,6 +404,7 @@ class RoundWriter:
             **asdict(self.settings),
             "seed": seed,
             "model": model,
+            "loading": self.loading,
             "model's files": file_fingerprint(files, dates_large=True),
             "rewards": " ".join(self.reward.names),
             "rewards' files": file_fingerprint(

@@ -152,7 +152,8 @@ def write(flags, talkative, tmp_path, saved):
         from dataclasses import replace
 
         reward = Reward([even], arguments.reward_funcs, arguments.reward_timeout)
-        writer = RoundWriter(rows, reward, replace(arguments, **changes).of_rounds)
+        loading = changes.pop("loading", "")
+        writer = RoundWriter(rows, reward, replace(arguments, **changes).of_rounds, loading)
         return writer.write(tmp_path / "out" / "data" / "round_1.jsonl", str(saved), load, 7)
 
     return write
@@ -179,7 +180,8 @@ def test_rows_that_were_changed_are_made_again(write, talkative, tmp_path, saved
         write(**changes)
     assert len(talkative) == 2 and "round_1_responses: read from " in capsys.readouterr().out
     write(num_samples=2)
-    assert len(talkative) == 3
+    write(loading="--dtype bfloat16")
+    assert len(talkative) == 4
 
 
 @pytest.mark.parametrize("damage", [lambda text: text.replace("Say", "Tell", 1), lambda text: "[]", lambda text: "{"])
